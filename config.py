@@ -1,0 +1,347 @@
+"""The settings of a run: three frozen groups, their JSON form, and the numbers that follow from
+them.
+
+    Config = recipe, size, data, name + ModelConfig + OptimConfig + TrainConfig
+
+A `Config` together with a step number is the whole position of a run: model, learning rate, data
+order and intervals are all computed from it. The sentence under a field is also its `--help` text.
+Nothing here imports torch, so that figures and cost estimates start at once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class UserError(Exception):
+    """A mistake a person can mend: shown as one plain sentence, without a traceback."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Attention heads in each block; they share the width equally."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    block_size: int = 1024
+    """Context length in tokens, T."""
+    vocab_size: int = 50257
+    """Number of token ids; taken from the data."""
+    dropout: float = 0.0
+    """Probability of dropping an activation (GPT-2 pretraining over one epoch needs none)."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory: a multiple of 128, which fast matrix products want."""
+        return 128 * math.ceil(self.vocab_size / 128)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all, or muon for the matrices inside the blocks and adamw for the rest."""
+    lr: float = 6e-4
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon; follows the same schedule."""
+    momentum: float = 0.95
+    """Nesterov momentum of Muon."""
+    beta1: float = 0.9
+    """AdamW's averaging factor for gradients."""
+    beta2: float = 0.95
+    """AdamW's averaging factor for squared gradients."""
+    eps: float = 1e-8
+    """AdamW's guard against division by zero; smaller amplifies rounding noise of key biases."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of AdamW, for matrices and embeddings only."""
+    muon_weight_decay: float = 0.0
+    """Decoupled weight decay of Muon."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 clips nothing (the norm is logged all the same)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up: cosine or linear decay, or constant and then a linear cool-down."""
+    warmup: float = 750 / 18850
+    """Fraction of the run over which the rate rises linearly from zero."""
+    cooldown: float = 0.4
+    """Fraction of the run, at its end, over which the constant schedule falls."""
+    final_lr: float = 0.1
+    """Fraction of the peak rate reached at the last update."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    updates: int | None = None
+    """Number of weight updates; overrides epochs and tokens, and may run into a further epoch."""
+    epochs: float | None = None
+    """Passes over the training split; overrides tokens."""
+    tokens: int = 9_882_304_512
+    """Token budget, used when neither updates nor epochs is given."""
+    tokens_per_update: int = 524_288
+    """Tokens in one update over all processes and micro-batches: the global batch."""
+    micro_batch: int = 16
+    """Windows in one forward pass of one process; changes memory and speed, never the result."""
+    order: Literal["sequential", "shuffle_windows"] = "sequential"
+    """Order of the training windows: as stored, or one global permutation an epoch."""
+    val_interval: int = 250
+    """Updates between validations; 0 validates only at the start and the end of the run."""
+    val_tokens: int = 10_485_760
+    """Tokens of the validation split that every validation reads, always the same ones."""
+    checkpoint_interval: int = 1000
+    """Updates between checkpoints; 0 keeps only those at the ends of epochs and of the run."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, besides the one with the least validation loss."""
+    log_interval: int = 1
+    """Updates between train lines in metrics.jsonl."""
+    sample_tokens: int = 48
+    """Tokens sampled from each fixed prompt into samples.md at a checkpoint; 0 samples nothing."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto compiles on CUDA only."""
+    dtype: Literal["float32", "tf32", "bfloat16", "auto"] = "auto"
+    """Arithmetic of matrix products; auto is bfloat16 where the processor has it, else float32."""
+    device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
+    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    seed: int = 1337
+    """Seed of the initial weights, the data order, dropout and the samples."""
+    runs_dir: str = "runs"
+    """Directory that holds the run directories."""
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = "gpt2"
+    size: str = "124m"
+    data: str = "fineweb-edu"
+    name: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# Fields that may change between a run and its resumption: they decide how and where it is computed
+# and what is written down, not what is computed.
+MUTABLE_FIELDS = {
+    "name",
+    *(
+        "train.micro_batch",
+        "train.val_interval",
+        "train.checkpoint_interval",
+        "train.keep_checkpoints",
+    ),
+    *("train.log_interval", "train.sample_tokens", "train.compile", "train.dtype", "train.device"),
+    "train.runs_dir",
+}
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return `{"train.seed": 1337, ...}`: every leaf of the config under its dotted name."""
+    flat = {}
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": leaf for key, leaf in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def replace(config: Config, changes: dict[str, Any]) -> Config:
+    """Return a copy of `config` with `{"optim.lr": 1e-3, ...}` applied."""
+    for dotted, value in changes.items():
+        group, _, leaf = dotted.rpartition(".")
+        if group:
+            value = dataclasses.replace(getattr(config, group), **{leaf: value})
+        config = dataclasses.replace(config, **{group or leaf: value})
+    return config
+
+
+def identity_digest(config: Config) -> str:
+    """Return a short digest of the fields that make the run what it is."""
+    fixed = {name: value for name, value in flatten(config).items() if name not in MUTABLE_FIELDS}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changed_identity(old: Config, new: Config) -> list[str]:
+    """Name the fields of the run's identity in which two configs differ, each with both values."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{name} {before[name]} -> {after[name]}"
+        for name in before
+        if name not in MUTABLE_FIELDS and before[name] != after[name]
+    ]
+
+
+def to_json(config: Config) -> str:
+    """Return the config as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+    """Rebuild a `Config`; raises UserError naming `where` and the first field that does not fit."""
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON ({error}).") from error
+    config = _build(Config, raw, where, "")
+    validate(config)
+    return config
+
+
+def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
+    """Build one dataclass from a JSON object, checking names and types on the way."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: {prefix or 'the file'} should be a JSON object.")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(raw) - set(hints))
+    if unknown:
+        raise UserError(f"{where} has a field this version does not know: {prefix}{unknown[0]}.")
+    values = {}
+    for name, value in raw.items():
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(hints[name], value, where, f"{prefix}{name}.")
+        elif _fits(value, hints[name]):
+            values[name] = value
+        else:
+            raise UserError(f"{where}: {prefix}{name} cannot be {value!r}.")
+    return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a JSON value is one that a field annotated `hint` may hold."""
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    kinds = typing.get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    # JSON writes 1.0 and 1 alike, so an integer is a fine float.
+    return any(isinstance(value, (int, float) if kind is float else kind) for kind in kinds)
+
+
+def validate(config: Config) -> None:
+    """Check every number that can be checked without data or hardware; raises UserError."""
+    model, optim, train = config.model, config.optim, config.train
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        _require(getattr(model, name) >= 1, f"model.{name} must be at least 1.")
+    _require(
+        model.n_embd % model.n_head == 0,
+        f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}.",
+    )
+    _require(
+        model.vocab_size <= 65536, "model.vocab_size must be at most 65536: shards hold uint16."
+    )
+    _require(0 <= model.dropout < 1, "model.dropout must be at least 0 and below 1.")
+    for name in ("lr", "muon_lr", "eps"):
+        _require(0 < getattr(optim, name) < math.inf, f"optim.{name} must be above 0.")
+    for name in ("weight_decay", "muon_weight_decay", "grad_clip"):
+        _require(0 <= getattr(optim, name) < math.inf, f"optim.{name} must not be negative.")
+    for name in ("warmup", "cooldown", "final_lr"):
+        _require(0 <= getattr(optim, name) <= 1, f"optim.{name} is a fraction between 0 and 1.")
+    for name in ("beta1", "beta2", "momentum"):
+        _require(0 <= getattr(optim, name) < 1, f"optim.{name} must be at least 0 and below 1.")
+    _require(train.updates is None or train.updates >= 0, "train.updates must not be negative.")
+    _require(train.epochs is None or train.epochs > 0, "train.epochs must be above 0.")
+    for name in ("tokens", "micro_batch", "log_interval", "keep_checkpoints", "val_tokens"):
+        _require(getattr(train, name) >= 1, f"train.{name} must be at least 1.")
+    for name in ("val_interval", "checkpoint_interval", "sample_tokens"):
+        _require(getattr(train, name) >= 0, f"train.{name} must not be negative.")
+    windows_per_update(config)
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def windows_per_update(config: Config) -> int:
+    """Return G, the windows of one update; raises UserError unless whole windows fill it."""
+    tokens, length = config.train.tokens_per_update, config.model.block_size
+    if tokens < length or tokens % length:
+        below = max(tokens // length, 1) * length
+        raise UserError(
+            f"train.tokens_per_update {tokens} is not a multiple of model.block_size {length}; "
+            f"{below} and {below + length} are the nearest that are."
+        )
+    return tokens // length
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Return the micro-batches each process computes for one update.
+
+    Raises UserError, listing the valid micro-batches, unless world_size * micro_batch divides G.
+    """
+    windows, micro_batch = windows_per_update(config), config.train.micro_batch
+    if windows % world_size:
+        valid = [n for n in range(1, windows + 1) if windows % n == 0]
+        raise UserError(
+            f"An update of {windows} windows cannot be shared by {world_size} processes; "
+            f"valid process counts are {_listing(valid)}."
+        )
+    share = windows // world_size
+    if share % micro_batch:
+        valid = [n for n in range(1, share + 1) if share % n == 0]
+        raise UserError(
+            f"train.micro_batch {micro_batch} does not divide the {share} windows that each of "
+            f"{world_size} processes has in an update; valid choices are {_listing(valid)}."
+        )
+    return share // micro_batch
+
+
+def _listing(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+def total_updates(config: Config, windows: int) -> int:
+    """Return the length of the run in updates, given the number of training windows."""
+    train, per_epoch = config.train, windows // windows_per_update(config)
+    if per_epoch == 0:
+        raise UserError(
+            f"The training split holds {windows} windows of {config.model.block_size} tokens, less "
+            f"than one update of {windows_per_update(config)}; lower train.tokens_per_update."
+        )
+    if train.updates is not None:
+        return train.updates
+    if train.epochs is not None:
+        return max(1, round(train.epochs * per_epoch))
+    return max(1, train.tokens // train.tokens_per_update)
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Return the number of trainable parameters, without padding (124,439,808 for GPT-2 124M)."""
+    width = model.n_embd
+    # Per block: two LayerNorms (4C), attention (4C^2 + 4C), MLP (8C^2 + 5C).
+    block = 12 * width**2 + 13 * width
+    return (model.vocab_size + model.block_size) * width + model.n_layer * block + 2 * width
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """Return the floating-point operations of one training token, forward and backward.
+
+    Six for each parameter but the position table, which multiplies nothing, and
+    12 * n_layer * n_embd * T for the attention products (PaLM, Chowdhery et al. 2022, appendix B).
+    """
+    multiplied = parameter_count(model) - model.block_size * model.n_embd
+    return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size
+
+
+def run_directory(run: str, runs_dir: str = "runs") -> Path:
+    """Return the directory of a run given by path or by name; raises UserError if there is none."""
+    for path in (Path(run), Path(runs_dir) / run):
+        if (path / "config.json").is_file():
+            return path
+    raise UserError(
+        f"There is no run '{run}': neither a run directory nor a name under {runs_dir}/."
+    )
+
+
+def read_config(run: Path) -> Config:
+    """Read a run's config.json; raises UserError when it is missing or damaged."""
+    path = run / "config.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error

@@ -1,0 +1,39 @@
+"""Files that are either the old ones or the whole new ones, whatever happens in between."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from config import UserError
+
+
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace `path` by `parts`, one after the other; a power cut leaves the old file or the new.
+
+    Raises UserError, and leaves no temporary file, when the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); nothing else was changed."
+        ) from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` durable, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

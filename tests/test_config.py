@@ -1,0 +1,130 @@
+"""Configs: JSON and back, divisibility, identity, sizes and recipes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config as c
+import recipes
+from config import Config, UserError, replace
+from model import GPT
+
+
+@given(st.integers(1, 64), st.floats(1e-6, 1.0), st.sampled_from(["adamw", "muon"]), st.text())
+def test_json_round_trip(layers, lr, optimizer, name):
+    changes = {
+        "model.n_layer": layers,
+        "optim.lr": lr,
+        "optim.optimizer": optimizer,
+        "name": name,
+    }
+    config = replace(Config(), changes)
+    assert c.from_json(c.to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": {"n_layers": 3}}, "does not know: model.n_layers"),
+        ({"model": {"n_layer": "three"}}, "model.n_layer cannot be 'three'"),
+        ({"train": {"order": "random"}}, "train.order cannot be 'random'"),
+        ({"train": {"seed": True}}, "train.seed cannot be True"),
+        ({"model": 3}, "model. should be a JSON object"),
+        ({"model": {"n_head": 7}}, "must be a multiple of model.n_head 7"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_sentence(change, sentence):
+    raw = dataclasses.asdict(Config())
+    for key, value in change.items():
+        raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=sentence.replace(".", r"\.")):
+        c.from_json(json.dumps(raw))
+    with pytest.raises(UserError, match="not valid JSON"):
+        c.from_json("{")
+
+
+def test_every_field_has_a_one_line_doc():
+    source = (c.Path(c.__file__)).read_text().splitlines()
+    for cls in (c.ModelConfig, c.OptimConfig, c.TrainConfig):
+        for field in dataclasses.fields(cls):
+            line = next(
+                i for i, text in enumerate(source) if text.startswith(f"    {field.name}: ")
+            )
+            assert source[line + 1].startswith('    """') and source[line + 1].endswith('"""')
+
+
+def test_accumulation_is_exact_or_refused():
+    config = Config()  # 512 windows an update
+    assert c.accumulation_steps(replace(config, {"train.micro_batch": 64}), 8) == 1
+    assert c.accumulation_steps(replace(config, {"train.micro_batch": 64}), 1) == 8
+    with pytest.raises(UserError, match=r"valid process counts are 1, 2, 4, 8, 16"):
+        c.accumulation_steps(config, 3)
+    with pytest.raises(
+        UserError, match=r"micro_batch 48 does not divide the 64 .* 1, 2, 4, 8, 16, 32, 64"
+    ):
+        c.accumulation_steps(replace(config, {"train.micro_batch": 48}), 8)
+    with pytest.raises(UserError, match="523264 and 524288 are the nearest"):
+        c.validate(replace(config, {"train.tokens_per_update": 524_000}))
+
+
+def test_length_of_a_run():
+    windows = 9_650_967
+    flagship = recipes.build("gpt2")
+    assert c.total_updates(flagship, windows) == 18_849
+    assert c.total_updates(replace(flagship, {"train.epochs": 2.0}), windows) == 37_698
+    assert c.total_updates(replace(flagship, {"train.updates": 5}), windows) == 5
+    with pytest.raises(UserError, match="less than one update"):
+        c.total_updates(flagship, 100)
+
+
+def test_identity_is_what_the_run_is():
+    config = Config()
+    same = replace(
+        config, {"train.micro_batch": 2, "train.dtype": "float32", "train.device": "cpu"}
+    )
+    assert c.identity_digest(config) == c.identity_digest(same)
+    assert c.changed_identity(config, same) == []
+    other = replace(config, {"model.n_layer": 2, "optim.lr": 1.0, "train.seed": 7})
+    assert c.identity_digest(config) != c.identity_digest(other)
+    assert c.changed_identity(config, other) == [
+        "model.n_layer 12 -> 2",
+        "optim.lr 0.0006 -> 1.0",
+        "train.seed 1337 -> 7",
+    ]
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+@pytest.mark.parametrize("size", recipes.SIZES)
+def test_every_recipe_runs_at_every_size(recipe, size):
+    config = recipes.build(recipe, size)
+    c.validate(config)
+    assert (config.recipe, config.size) == (recipe, size)
+    assert c.accumulation_steps(config, 1) >= 1
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(config.model, n_layer=1))
+    assert model.config.n_embd == config.model.n_embd
+
+
+def test_the_flagship_has_the_settings_it_is_known_by():
+    config = recipes.build("gpt2")
+    assert config.size == "124m" and config.data == "fineweb-edu"
+    assert config.optim.lr == pytest.approx(2e-3)
+    assert round(config.optim.warmup * 18_849) == 750
+    assert (config.optim.weight_decay, config.optim.final_lr) == (0.1, 0.1)
+    assert config.train.order == "sequential"
+    assert config.train.tokens // config.train.tokens_per_update == 18_849
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(UserError, match="no recipe 'quikstart'; did you mean quickstart"):
+        recipes.build("quikstart")
+    with pytest.raises(UserError, match="no size '125m'; did you mean 124m"):
+        recipes.build("gpt2", "125m")
+
+
+def test_flops_of_gpt2():
+    assert c.flops_per_token(Config().model) == pytest.approx(0.86e9, rel=0.01)
