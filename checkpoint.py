@@ -1,0 +1,235 @@
+"""Checkpoints: atomic save, verify, resume, prune.
+
+    runs/NAME/checkpoints/step_000250/  model.safetensors  optimizer.safetensors  state.json
+
+A checkpoint is written beside its place and appears by one rename, so one that is present is
+complete; `state.json` holds the sha256 of its siblings, so one that was damaged later is noticed.
+Tensors are stored under the raw model's parameter names and without vocabulary padding. Nothing is
+pickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import UserError
+from files import sync_directory
+from model import GPT
+
+FORMAT = 1
+STATE = "state.json"
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE_KEYS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}
+
+
+def save(
+    run: Path,
+    step: int,
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    state: dict[str, Any],
+) -> Path:
+    """Write the checkpoint of `step` and return its directory; `state` is added to state.json.
+
+    Raises UserError when the disk is full; earlier checkpoints are untouched then.
+    """
+    final = checkpoint_path(run, step)
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        _remove_leftovers(final.parent)
+        temporary.mkdir(parents=True)
+        save_file(_weights(model), temporary / WEIGHTS)
+        save_file(_optimizer_tensors(model, optimizers), temporary / OPTIMIZER)
+        digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        record = {"format": FORMAT, "step": step, **state, "sha256": digests}
+        (temporary / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS, OPTIMIZER, STATE):
+            _sync_file(temporary / name)
+        sync_directory(temporary)
+        # A checkpoint of this step can only be one that was found damaged.
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        sync_directory(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"The checkpoint of step {step} could not be written ({error}); earlier ones are "
+            f"intact. Make room and continue with `python main.py --resume {run.name}`."
+        ) from error
+    return final
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` belongs."""
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoint directories of a run, oldest first."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def newest(run: Path) -> Path | None:
+    """Return the newest checkpoint that is intact, or None; each damaged one is named in a line."""
+    for path in reversed(all_checkpoints(run)):
+        try:
+            verify(path)
+        except UserError as error:
+            print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
+        else:
+            return path
+    return None
+
+
+def best(run: Path) -> Path | None:
+    """Return the checkpoint with the least validation loss, the earlier of equals, or None."""
+    losses = {path: read_state(path).get("val_loss") for path in all_checkpoints(run)}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(known, key=known.get) if known else None
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all checkpoints but the `keep` newest and the best."""
+    kept = {*all_checkpoints(run)[-keep:], best(run)}
+    for path in all_checkpoints(run):
+        if path not in kept:
+            # Renamed first, so that a half-deleted one never looks complete.
+            doomed = path.with_name(f".{path.name}.tmp")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json; raises UserError if it is damaged or of another version."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        found = state["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / STATE} cannot be read ({error}).") from error
+    if found != FORMAT:
+        raise UserError(f"{path} has checkpoint format {found}; this version reads {FORMAT}.")
+    return state
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state after comparing digests; raises UserError naming a bad file."""
+    state = read_state(path)
+    for name in (WEIGHTS, OPTIMIZER):
+        _verify_file(path, name, state)
+    return state
+
+
+def _verify_file(path: Path, name: str, state: dict[str, Any]) -> None:
+    try:
+        intact = _sha256(path / name) == state["sha256"][name]
+    except (OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path / name} is missing or unreadable ({error}).") from error
+    if not intact:
+        raise UserError(f"{path / name} is damaged: its checksum differs from {STATE}.")
+
+
+def load_model(path: Path, model: GPT) -> None:
+    """Read a checkpoint's weights into `model`; raises UserError if damaged or misshapen."""
+    _verify_file(path, WEIGHTS, read_state(path))
+    stored = _read_tensors(path / WEIGHTS)
+    expected = dict(model.named_parameters())
+    shapes = {name: tuple(_unpad(name, tensor, model).shape) for name, tensor in expected.items()}
+    wrong = [n for n, shape in shapes.items() if n not in stored or stored[n].shape != shape]
+    wrong += [n for n in stored if n not in shapes]
+    if wrong:
+        raise UserError(
+            f"{path} is of another architecture: {len(wrong)} tensors differ, first {wrong[0]}."
+        )
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(_pad(stored[name], parameter))
+
+
+def load_optimizers(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Read the optimizers' state; raises UserError if it is not that of these optimizers."""
+    stored = _read_tensors(path / OPTIMIZER)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = f"{names[parameter]}/"
+                for key in STATE_KEYS[type(optimizer).__name__]:
+                    if prefix + key not in stored:
+                        raise UserError(
+                            f"{path / OPTIMIZER} is of another optimizer: no {prefix}{key}."
+                        )
+                    tensor = _restore(key, stored.pop(prefix + key), parameter)
+                    optimizer.state[parameter][key] = tensor
+    if stored:
+        raise UserError(f"{path / OPTIMIZER} is of another optimizer: it has {min(stored)}.")
+
+
+def _restore(key: str, stored: Tensor, parameter: nn.Parameter) -> Tensor:
+    if key == "step":
+        return stored.to(parameter.device)
+    return _pad(stored, parameter).to(parameter.device)
+
+
+def _weights(model: GPT) -> dict[str, Tensor]:
+    return {
+        name: _unpad(name, parameter.detach(), model).cpu().contiguous()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _optimizer_tensors(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return every tensor of the optimizers' state under "parameter name/key"."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            name = names[parameter]
+            for key, tensor in state.items():
+                whole = tensor if key == "step" else _unpad(name, tensor, model)
+                tensors[f"{name}/{key}"] = whole.detach().cpu().contiguous()
+    return tensors
+
+
+def _unpad(name: str, tensor: Tensor, model: GPT) -> Tensor:
+    return tensor[: model.config.vocab_size] if name == "wte.weight" else tensor
+
+
+def _pad(stored: Tensor, like: Tensor) -> Tensor:
+    """Return `stored` with rows of zeros added up to the number `like` has."""
+    missing = like.shape[0] - stored.shape[0]
+    return torch.cat([stored, stored.new_zeros(missing, *stored.shape[1:])]) if missing else stored
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Delete what an interrupted save or prune left behind."""
+    for path in directory.glob(".step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)

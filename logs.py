@@ -1,0 +1,107 @@
+"""The written record of a run: config.json, environment.json, metrics.jsonl, samples.md.
+
+On resume, whatever was recorded after the resumed step is dropped before anything is appended, so
+the record is that of one uninterrupted run.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from config import Config, UserError, to_json
+from files import write_atomically
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.md"
+PACKAGES = ("torch", "numpy", "tiktoken", "safetensors")
+
+
+def create_run(run: Path, config: Config) -> None:
+    """Make a new run directory with its config.json; raises UserError when it cannot be written."""
+    try:
+        run.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"The run directory {run} cannot be made ({error.strerror}).") from error
+    write_atomically(run / "config.json", to_json(config).encode())
+
+
+def write_environment(run: Path, step: int, facts: dict[str, Any]) -> None:
+    """Record versions, command line, git commit, and `facts` of the process (device, ranks)."""
+    environment = {
+        "started_at_step": step,
+        "command": shlex.join(sys.argv),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        **facts,
+    }
+    write_atomically(run / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+
+
+def _git_commit() -> str | None:
+    """Return this source tree's commit, marked when files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def append_metrics(run: Path, line: dict[str, Any]) -> None:
+    """Add one JSON object to metrics.jsonl; raises UserError when the disk is full."""
+    _append(run / METRICS, json.dumps(line) + "\n")
+
+
+def append_samples(run: Path, step: int, prompts: list[str], texts: list[str]) -> None:
+    """Add what the model wrote at `step` to samples.md."""
+    parts = [f"## Step {step}\n"]
+    for prompt, text in zip(prompts, texts, strict=True):
+        # An indented block shows the text as it is, whatever Markdown it contains.
+        block = (prompt + text).replace("\n", "\n    ")
+        parts.append(f"**{prompt}** ...\n\n    {block}\n")
+    _append(run / SAMPLES, "\n".join(parts) + "\n")
+
+
+def rewind(run: Path, step: int) -> None:
+    """Drop every metric line and sample after `step`, and a last line cut off in writing."""
+    metrics, samples = run / METRICS, run / SAMPLES
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_atomically(metrics, "".join(kept).encode())
+    if samples.exists():
+        sections = re.split(r"(?m)^(?=## Step \d+$)", samples.read_text(encoding="utf-8"))
+        kept = [s for s in sections if s and int(s.split(None, 3)[2]) <= step]
+        write_atomically(samples, "".join(kept).encode())
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a metric line, or infinity for one that is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _append(path: Path, text: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); the checkpoints are intact, so "
+            f"`python main.py --resume {path.parent.name}` continues once there is room."
+        ) from error

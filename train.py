@@ -1,0 +1,332 @@
+"""One update, one validation, the loop.
+
+The loop is for step in range(start, total + 1): whatever is due after `step` updates (validation,
+samples, a checkpoint) happens at its top, so that step 0 and the final weights are measured too.
+Everything that depends on time is a function of (config, step); stopping and resuming changes
+nothing.
+
+As a script, the all-reduce check: torchrun --standalone --nproc_per_node=8 train.py
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import logs
+from command_line import run_script
+from config import (
+    Config,
+    accumulation_steps,
+    flops_per_token,
+    identity_digest,
+    windows_per_update,
+)
+from distributed import (
+    World,
+    autocast,
+    barrier,
+    check_all_reduce,
+    distribute,
+    join_world,
+    peak_flops,
+    pick_dtype,
+    sum_over_ranks,
+    synchronize,
+)
+from fineweb import FineWebEdu, training_batches, validation_batch_count, validation_batches
+from model import GPT, IGNORED
+from optim import build_optimizers, lr_at, schedule, set_rates
+from recipes import PROMPTS
+from sample import continuations
+from shards import find_data, manifest_digest
+from tokenizer import can_encode
+from tqdm_bars import EvaluationBar, TrainingBar
+
+
+@dataclass
+class Session:
+    """What one process holds while it trains.
+
+    `compiled` is `model` behind torch.compile, where that is on; `parallel` is that behind DDP,
+    where there are other processes. All three share their parameters.
+    """
+
+    config: Config
+    run: Path
+    world: World
+    data: FineWebEdu
+    val_data: FineWebEdu
+    model: GPT
+    compiled: nn.Module
+    parallel: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    dtype: torch.dtype
+    total: int
+    bar: TrainingBar
+    # Training seconds before this process started, and the last losses, for state.json.
+    earlier_seconds: float = 0.0
+    losses: dict[str, Any] | None = None
+
+
+def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> None:
+    """Train until update config.train.updates, from scratch or from checkpoint `resumed`."""
+    session, start = _begin(config, run, world, resumed)
+    bar, total = session.bar, session.total
+    batches = training_batches(session.data, config, world, start + 1, total)
+    with contextlib.closing(batches), contextlib.closing(bar):
+        bar.start()
+        for step in range(start, total + 1):
+            # A resumed run has been measured at its first step already.
+            if step > start or resumed is None:
+                measure(session, step)
+            if step == total:
+                break
+            loss, norm = update(session, next(batches), step + 1)
+            record_update(session, step + 1, loss, norm)
+
+
+def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tuple[Session, int]:
+    """Build the model, optimizers and data of a run, and load them from `resumed` if given."""
+    dtype = pick_dtype(config.train.dtype, world.device)
+    torch.set_float32_matmul_precision("high" if config.train.dtype == "tf32" else "highest")
+    directory = find_data(config.data)
+    block_size = config.model.block_size
+    # Weights are drawn on the CPU, so that a seed means the same on every device.
+    torch.manual_seed(config.train.seed)
+    model = GPT(config.model).to(world.device)
+    optimizers = build_optimizers(model, config.optim, dtype)
+    state = {"step": 0, "seconds": 0.0}
+    if resumed is not None:
+        state = checkpoint.verify(resumed)
+        checkpoint.load_model(resumed, model)
+        checkpoint.load_optimizers(resumed, model, optimizers)
+    compiled = _compile(model, config, world)
+    start, total = state["step"], config.train.updates
+    bar = TrainingBar(start, total, config.train.tokens_per_update, disable=not world.is_main)
+    session = Session(
+        config,
+        run,
+        world,
+        FineWebEdu(directory, "train", block_size),
+        FineWebEdu(directory, "val", block_size),
+        model,
+        compiled,
+        distribute(compiled, world),
+        optimizers,
+        dtype,
+        total,
+        bar,
+        earlier_seconds=state["seconds"],
+        losses={name: state.get(name) for name in ("train_loss", "val_loss", "bits_per_byte")},
+    )
+    if world.is_main:
+        logs.rewind(run, start if resumed is not None else -1)
+        logs.write_environment(run, start, _facts(session, directory))
+    return session, start
+
+
+def _facts(session: Session, directory: Path) -> dict[str, Any]:
+    world, config = session.world, session.config
+    on_gpu = world.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else world.device.type,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+        "micro_batch": config.train.micro_batch,
+        "accumulation": accumulation_steps(config, world.size),
+        "data_manifest_sha256": manifest_digest(directory),
+    }
+
+
+def _compile(model: GPT, config: Config, world: World) -> nn.Module:
+    """Return the model compiled, if it should and can be."""
+    mode = config.train.compile
+    if mode == "off" or (mode == "auto" and world.device.type != "cuda"):
+        return model
+    if not _has_compiler(world.device):
+        if world.is_main:
+            print("torch.compile needs Triton (CUDA) or g++ (CPU), not found: going on without it.")
+        return model
+    return torch.compile(model)
+
+
+def _has_compiler(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def update(session: Session, windows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Make update `step` from this rank's windows (G / world size, T + 1).
+
+    Returns this rank's mean loss in nats a token and the norm of the global gradient, on the
+    device.
+    """
+    config, forward, world = session.config, session.parallel, session.world
+    set_rates(session.optimizers, schedule(step, session.total, config.optim), config.optim)
+    micro_batches = windows.split(config.train.micro_batch)
+    loss = torch.zeros((), device=world.device)
+    for i, batch in enumerate(micro_batches):
+        _seed_dropout(config, step, world.rank * len(windows) + i * config.train.micro_batch)
+        # Gradients are averaged over ranks only with the last micro-batch; DDP decides that in the
+        # forward pass already.
+        waits = world.size > 1 and i < len(micro_batches) - 1
+        with forward.no_sync() if waits else contextlib.nullcontext():
+            with autocast(world.device, session.dtype):
+                _, mean = forward(batch[:, :-1], batch[:, 1:])
+            # All micro-batches have as many tokens, so this adds up to the mean over all of them.
+            share = mean / len(micro_batches)
+            share.backward()
+        loss += share.detach()
+    clip = config.optim.grad_clip or math.inf
+    norm = nn.utils.clip_grad_norm_(session.model.parameters(), clip)
+    for optimizer in session.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss, norm
+
+
+def _seed_dropout(config: Config, step: int, window: int) -> None:
+    """Make dropout noise a function of (config, step) and of the windows' place in the update."""
+    if config.model.dropout > 0:
+        key = np.random.SeedSequence([config.train.seed, step, window])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+
+
+def record_update(session: Session, step: int, loss: Tensor, norm: Tensor) -> None:
+    """Advance the bar and, at the log interval, write the train line of update `step`."""
+    config, world, bar = session.config, session.world, session.bar
+    if step % config.train.log_interval and step != session.total:
+        bar.update()
+        return
+    mean_loss = (sum_over_ranks(loss) / world.size).item()
+    seconds = session.earlier_seconds + bar.seconds
+    peak = peak_flops(world.device)
+    bar.update()
+    speed = bar.tokens_per_second
+    mfu = speed * flops_per_token(config.model) / (peak * world.size) if peak else None
+    bar.show(mean_loss, mfu)
+    session.losses["train_loss"] = mean_loss
+    if world.is_main:
+        line = {
+            "kind": "train",
+            "step": step,
+            "tokens": step * config.train.tokens_per_update,
+            "loss": mean_loss,
+            "lr": lr_at(step, session.total, config.optim),
+            "grad_norm": norm.item(),
+            "tokens_per_second": speed,
+            "mfu": mfu,
+            "seconds": seconds,
+        }
+        logs.append_metrics(session.run, line)
+
+
+def measure(session: Session, step: int) -> None:
+    """Do what is due after `step` updates: validate, sample, save a checkpoint."""
+    train = session.config.train
+    epoch = len(session.data) // windows_per_update(session.config)
+    saves = step > 0 and (_every(train.checkpoint_interval, step) or step % epoch == 0)
+    saves = saves or step == session.total
+    if not (saves or step == 0 or _every(train.val_interval, step)):
+        return
+    synchronize(session.world.device)
+    with session.bar.paused():
+        record_validation(session, step)
+        if (saves or step == 0) and session.world.is_main:
+            write_samples(session, step)
+        if saves and step > 0:
+            save_checkpoint(session, step)
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def record_validation(session: Session, step: int) -> None:
+    """Validate, write the val line and print it above the bar."""
+    loss, bits_per_byte = validate(session)
+    session.losses |= {"val_loss": loss, "bits_per_byte": bits_per_byte}
+    tokens = step * session.config.train.tokens_per_update
+    line = {"kind": "val", "step": step, "tokens": tokens, "loss": loss}
+    if bits_per_byte is not None:
+        line["bits_per_byte"] = bits_per_byte
+    per_byte = f", {bits_per_byte:.3f} bits a byte" if bits_per_byte is not None else ""
+    session.bar.write(f"step {step:>6}: validation loss {loss:.4f}{per_byte}")
+    if session.world.is_main:
+        logs.append_metrics(session.run, line)
+
+
+@torch.no_grad()
+def validate(session: Session) -> tuple[float, float | None]:
+    """Return the mean loss in nats a token over the validation tokens, and bits per byte of text.
+
+    Every validation of every run reads the same tokens; ranks share them and their sums are added.
+    """
+    config, world, data = session.config, session.world, session.val_data
+    token_bytes = data.stream.tokenizer.token_bytes()
+    # One row a batch: nats, tokens, bytes of text.
+    rows = [torch.zeros(3, dtype=torch.float64)]
+    session.compiled.eval()
+    count = validation_batch_count(data, config, world)
+    with EvaluationBar("validating", count, "batch", disable=not world.is_main) as bar:
+        for inputs, targets in validation_batches(data, config, world):
+            scored = targets[targets != IGNORED]
+            with autocast(world.device, session.dtype):
+                _, mean = session.compiled(inputs.to(world.device), targets.to(world.device))
+            text_bytes = token_bytes[scored.numpy()].sum()
+            rows.append(torch.tensor([mean.item() * len(scored), len(scored), text_bytes]))
+            bar.update()
+    session.compiled.train()
+    nats, tokens, text_bytes = sum_over_ranks(torch.stack(rows).sum(0).to(world.device)).tolist()
+    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
+
+
+def write_samples(session: Session, step: int) -> None:
+    """Continue the fixed prompts, on one process, into samples.md."""
+    train, tokenizer = session.config.train, session.data.stream.tokenizer
+    if train.sample_tokens == 0:
+        return
+    prompts = [prompt for prompt in PROMPTS if can_encode(tokenizer, prompt)]
+    with autocast(session.world.device, session.dtype):
+        texts = continuations(session.model, tokenizer, prompts, train.sample_tokens, train.seed)
+    logs.append_samples(session.run, step, prompts, texts)
+
+
+def save_checkpoint(session: Session, step: int) -> None:
+    """Save, on one process while the others wait, and delete what need not be kept."""
+    if session.world.is_main:
+        tokenizer = session.data.stream.tokenizer
+        state = {
+            "config_digest": identity_digest(session.config),
+            "seconds": session.earlier_seconds + session.bar.seconds,
+            "tokenizer": {
+                "name": tokenizer.name,
+                "alphabet": getattr(tokenizer, "alphabet", None),
+            },
+            **session.losses,
+        }
+        checkpoint.save(session.run, step, session.model, session.optimizers, state)
+        checkpoint.prune(session.run, session.config.train.keep_checkpoints)
+    barrier()
+
+
+def main() -> None:
+    """Check the processes and their all-reduce."""
+    with join_world("auto") as world:
+        check_all_reduce(world)
+
+
+if __name__ == "__main__":
+    run_script(main)
