@@ -1,0 +1,224 @@
+"""Command line -> config -> train.
+
+python main.py [RECIPE] [--size SIZE] [--data DIR_OR_NAME] [--name RUN] [--group.field value
+...] python main.py --resume RUN [--group.field value ...] torchrun --standalone
+--nproc_per_node=8 main.py ...
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+import load_fineweb
+import recipes
+from command_line import parse, run_script
+from config import (
+    Config,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    UserError,
+    accumulation_steps,
+    changed_identity,
+    flops_per_token,
+    parameter_count,
+    read_config,
+    replace,
+    run_directory,
+    total_updates,
+    validate,
+    windows_per_update,
+)
+from shards import DATA_DIR, find_data, read_manifest
+
+if TYPE_CHECKING:
+    from distributed import World
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a GPT-2 from token shards."""
+
+    recipe: Annotated[str, tyro.conf.Positional] = ""
+    """What to train: gpt2 (the default) or quickstart; recipes.py says what each is."""
+    size: str = ""
+    """How big: nano, 124m, 350m, 774m or 1558m; the recipe's own by default."""
+    data: str = ""
+    """Directory of token shards, or its name under data/; the recipe's own by default."""
+    name: str = ""
+    """Name of the run directory; recipe and size by default."""
+    resume: str = ""
+    """Continue this run from its config.json and newest intact checkpoint."""
+    auto_resume: bool = False
+    """Continue the named run if it exists, start it otherwise (implied when torchrun restarts)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config, the directory of its run, and whether that run is there already."""
+
+    config: Config
+    run: Path
+    resumes: bool
+
+
+def main() -> None:
+    """Train as the command line says."""
+    job = resolve()
+    # torch takes seconds to import; a typing mistake should not have to wait for it.
+    from distributed import join_world
+
+    with join_world(job.config.train.device) as world:
+        launch(job, world)
+
+
+def resolve(args: list[str] | None = None) -> Job:
+    """Return the job a command line asks for; raises UserError for whatever does not fit.
+
+    The schema is parsed twice: once to learn recipe, size and run, then again with the config they
+    imply as the defaults, so that what is typed overrides it field by field.
+    """
+    first = parse(Arguments, args, Arguments())
+    if first.resume:
+        return _continue(args, first, run_directory(first.resume, first.train.runs_dir))
+    base = recipes.build(first.recipe or "gpt2", first.size or None)
+    config = _override(args, first, base)
+    config = replace(config, {"name": first.name or f"{config.recipe}-{config.size}"})
+    if Path(config.name).name != config.name or config.name.startswith("."):
+        raise UserError(f"--name {config.name} is not a plain name; --train.runs-dir says where.")
+    run = Path(config.train.runs_dir) / config.name
+    if not run.exists():
+        return Job(_complete(config), run, resumes=False)
+    if first.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        return _continue(args, first, run_directory(str(run)))
+    raise UserError(f"The run {run} exists; add --resume {config.name} or choose another --name.")
+
+
+def _continue(args: list[str] | None, first: Arguments, run: Path) -> Job:
+    """Return the job that continues `run`; raises UserError if what is typed would change it."""
+    stored = read_config(run)
+    given = {name: getattr(first, name) for name in ("recipe", "size", "data")}
+    config = replace(_override(args, first, stored), {n: v for n, v in given.items() if v})
+    changed = changed_identity(stored, config)
+    if changed:
+        raise UserError(
+            f"The run {run} cannot go on with other settings ({'; '.join(changed)}): they make "
+            "it what it is. Leave them out, or start another run with --name."
+        )
+    find_data(config.data)
+    return Job(config, run, resumes=True)
+
+
+def _override(args: list[str] | None, first: Arguments, base: Config) -> Config:
+    """Return `base` with the fields that are typed."""
+    given = parse(Arguments, args, _with_defaults(first, base))
+    config = replace(base, {"model": given.model, "optim": given.optim, "train": given.train})
+    if first.data:
+        config = replace(config, {"data": first.data})
+    validate(config)
+    return config
+
+
+def _with_defaults(first: Arguments, base: Config) -> Arguments:
+    """Return the arguments with the groups of `base`, for what is typed to be laid over."""
+    return dataclasses.replace(first, model=base.model, optim=base.optim, train=base.train)
+
+
+def _complete(config: Config) -> Config:
+    """Return the config with what its data decides: vocabulary and number of updates."""
+    if config.data == load_fineweb.PYDOCS and not (DATA_DIR / config.data).exists():
+        return config
+    manifest = read_manifest(find_data(config.data))
+    config = replace(config, {"model.vocab_size": manifest.vocab_size})
+    windows = (manifest.tokens("train") - 1) // config.model.block_size
+    return replace(config, {"train.updates": total_updates(config, windows)})
+
+
+def launch(job: Job, world: "World") -> None:
+    """Train the job on this process, together with the others of `world`."""
+    import checkpoint
+    import logs
+    from distributed import barrier
+    from train import train
+
+    config, run = job.config, job.run
+    accumulation_steps(config, world.size)
+    if config.data == load_fineweb.PYDOCS and world.is_main:
+        # The embedded corpus needs no download, so it is made when first asked for.
+        load_fineweb.prepare(load_fineweb.PYDOCS, DATA_DIR / config.data, quiet=True)
+    barrier()
+    if not job.resumes:
+        config = _complete(config)
+        if world.is_main:
+            logs.create_run(run, config)
+    barrier()
+    found = checkpoint.newest(run) if job.resumes else None
+    if world.is_main:
+        print(summary(config, run, world), flush=True)
+    try:
+        train(config, run, world, found)
+    except KeyboardInterrupt:
+        if world.is_main:
+            print(f"\ninterrupted; continue with: {resume_command(config)}", flush=True)
+        raise SystemExit(130) from None
+    if world.is_main:
+        conclude(config, run)
+
+
+def resume_command(config: Config) -> str:
+    """Return the command that continues a run."""
+    where = f" --train.runs-dir {config.train.runs_dir}" if config.train.runs_dir != "runs" else ""
+    return f"python main.py --resume {config.name}{where}"
+
+
+def summary(config: Config, run: Path, world: "World") -> str:
+    """Return what is about to happen, for a person to check before it does."""
+    from distributed import pick_dtype
+
+    model, train = config.model, config.train
+    manifest = read_manifest(find_data(config.data))
+    train_tokens, size = manifest.tokens("train"), windows_per_update(config)
+    windows = (train_tokens - 1) // model.block_size
+    per_epoch = windows // size
+    tokens = train.updates * train.tokens_per_update
+    dtype = str(pick_dtype(train.dtype, world.device)).removeprefix("torch.")
+    steps = accumulation_steps(config, world.size)
+    rows = {
+        "run": f"{config.recipe} at size {config.size}, in {run}",
+        "model": f"{parameter_count(model):,} parameters: {model.n_layer} layers, "
+        f"{model.n_head} heads, width {model.n_embd}, context {model.block_size}, "
+        f"vocabulary {model.vocab_size:,}",
+        "data": f"{config.data}: {train_tokens:,} training and {manifest.tokens('val'):,} "
+        f"validation tokens, {train.order.replace('_', ' ')}",
+        "updates": f"{train.updates:,} of {train.tokens_per_update:,} tokens, {tokens:,} in all: "
+        f"{train.updates / per_epoch:.2f} epochs of {per_epoch:,} updates "
+        f"(the last {windows % size} of {windows:,} windows do not fill one)",
+        "batch": f"{size} windows = {world.size} process(es) x {steps} accumulation step(s) x "
+        f"{train.micro_batch}",
+        "compute": f"{world.device}, {dtype}, {tokens * flops_per_token(model):.2e} FLOP",
+        "continue": f"{resume_command(config)}   (after an interruption)",
+    }
+    return "\n".join(f"{name:<9} {text}" for name, text in rows.items()) + "\n"
+
+
+def conclude(config: Config, run: Path) -> None:
+    """Draw the figure and print samples, scores and the commands that follow."""
+    import results
+
+    results.report([run])
+    print(
+        f"\nlook again   python results.py {run}\n"
+        f'write text   python sample.py {run} --prompt "{recipes.PROMPTS[0]}"\n'
+        f"continue     {resume_command(config)}   (where a run was interrupted; this one is done)"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

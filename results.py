@@ -1,0 +1,130 @@
+"""What came of a run: the figure, the table and some text.
+
+    python results.py [RUN ...]         # the newest run under runs/ unless some are named
+
+One run is drawn into its own `figures/results.png` and `.svg`; several are laid over each other in
+`figures/overlay.png` and `.svg` of the first. Everything comes from `config.json` and
+`metrics.jsonl`: no GPU, no data and no torch are needed, but for the sampler, which is called last.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from command_line import parse, run_script
+from config import UserError, run_directory
+from figures import draw
+from metrics import (
+    Points,
+    Run,
+    is_number,
+    is_share,
+    least,
+    newest_run,
+    points,
+    read_run,
+    scores,
+    short,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show what came of runs: a figure, a table and some text."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run directories, or names of runs; the newest run when none is given."""
+    runs_dir: str = "runs"
+    """Directory that holds the run directories."""
+    samples: int = 1
+    """Texts sampled from each prompt; 0 samples nothing and does not load torch."""
+
+
+def main() -> None:
+    """Show the runs that the command line names, or the newest."""
+    options = parse(Options)
+    names = options.runs or [str(newest_run(options.runs_dir))]
+    # A run named twice is one run.
+    report(
+        [run_directory(name, options.runs_dir) for name in dict.fromkeys(names)], options.samples
+    )
+
+
+def report(directories: list[Path], samples: int = 1) -> None:
+    """Draw the runs, print their table and, unless `samples` is 0, texts sampled from them."""
+    runs = [read_run(directory) for directory in directories]
+    paths = draw(runs)
+    print(table(runs) + "\n")
+    for path in paths:
+        print(f"Figure: {path}")
+    if samples > 0:
+        print_samples(runs, samples)
+
+
+def table(runs: list[Run]) -> str:
+    """Return the summary as an aligned Markdown table, a row a run; "-" stands for the unknown."""
+    rows = [_row(run) for run in runs]
+    # Columns that no run can fill would only widen the table.
+    names = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in names if any(row.get(name) for row in rows)]
+    cells = [names, *([row.get(name) or "-" for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+
+
+def _row(run: Run) -> dict[str, str]:
+    """Return the cells of one run under their headings; "" where the run does not know."""
+    # Not the last finite one: a run that diverged should say so.
+    last = ["", *(line["loss"] for line in run.metrics if line["kind"] == "val")][-1]
+    clock = points(run, "train", "seconds")
+    seconds = clock.values[-1] if len(clock.values) else 0
+    per_update = run.config.train.tokens_per_update
+    return {
+        "run": run.name,
+        "recipe": run.config.recipe,
+        "size": run.config.size,
+        "data": run.data,
+        "updates": run.progress,
+        "tokens": short(max(line["step"] for line in run.metrics) * per_update),
+        "least train loss (one update)": least(points(run, "train", "loss")),
+        "least val loss": least(points(run, "val", "loss")),
+        "last val loss": f"{last:.4f}" if is_number(last) else str(last),
+        "least bits per byte": least(points(run, "val", "bits_per_byte")),
+        "training hours": f"{seconds / 3600:.3g}" if seconds else "",
+        "tokens/s": short(clock.steps[-1] * per_update / seconds) if seconds else "",
+        **{f"best {' '.join(name)}": _best(name[1], score) for name, score in scores(run).items()},
+    }
+
+
+def _best(metric: str, score: Points) -> str:
+    """Return the best value of a score with its standard error; shares in percent."""
+    share = is_share(metric)
+    best = score.values.argmax() if share else score.values.argmin()
+    scale, digits = (100, 2) if share else (1, 4)
+    error = score.errors[best] * scale
+    spread = f" ± {error:.{digits}f}" if error else ""
+    return f"{score.values[best] * scale:.{digits}f}{spread}{' %' if share else ''}"
+
+
+def print_samples(runs: list[Run], count: int) -> None:
+    """Print `count` continuations of each fixed prompt by each run's newest weights."""
+    # The sampler loads torch, which everything above does without.
+    from recipes import PROMPTS
+    from sample import generate_text
+
+    for run in runs:
+        # A run that cannot speak yet still has its figure and its row.
+        try:
+            for i in range(count):
+                texts = generate_text(str(run.directory), list(PROMPTS), seed=1337 + i)
+                for prompt, text in zip(PROMPTS, texts, strict=True):
+                    print(f"\n{run.name}, sample {i + 1} of {count}:\n{prompt}{text}")
+        except UserError as error:
+            print(f"\nNo text from {run.name}: {error}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,353 @@
+"""Text from a model, one token at a time.
+
+    python sample.py RUN|CHECKPOINT|HF_NAME --prompt TEXT
+
+The past is kept as keys and values (`KVCache`), so a new token costs one token's work. All samples
+of a prompt advance together as the rows of one batch. A row draws one uniform number a token from
+a CPU generator of its own, seeded by (seed, row): what row i says depends neither on how many other
+rows there are nor on the device, but for the rounding of the logits.
+
+Training documents begin with <|endoftext|>, so a prompt to one of our own models does too. OpenAI's
+models are given the prompt alone, as everyone else gives it to them. An empty prompt is
+<|endoftext|> for both: the beginning of a document.
+"""
+
+import codecs
+import hashlib
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import checkpoint
+import hf
+from command_line import parse, run_script
+from config import UserError, read_config, run_directory
+from distributed import pick_device
+from model import GPT, KVCache
+from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write text that continues a prompt."""
+
+    """Write text that continues a prompt."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|HF_NAME")]
+    """A run, a checkpoint directory, gpt2[-medium|-large|-xl], or a directory of transformers."""
+    prompt: str
+    """Text to continue; - reads it from standard input, less the newline at its end."""
+    n: int = 1
+    """Number of samples; a single one is written as it comes."""
+    max_tokens: int = 256
+    """Most tokens in a sample; it ends sooner where the model ends the document."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 is surer, above 1 wilder, 0 always takes the likeliest token."""
+    top_k: int | None = 50
+    """Draw among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Then draw among the fewest tokens whose probabilities reach p only."""
+    seed: int = 1337
+    """The same seed gives the same samples."""
+    device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
+    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    runs_dir: str = "runs"
+    """Directory that holds the run directories."""
+
+
+def main() -> None:
+    """Write the samples that the command line asks for to standard output."""
+    options = parse(Options)
+    check_options(options)
+    prompt = read_prompt(options.prompt)
+    # A terminal that cannot show a character should not end the program.
+    sys.stdout.reconfigure(errors="replace")
+    device = pick_device(options.device)
+    model, tokenizer, begins_with_eot = load(options.source, options.runs_dir)
+    ids = prompt_ids(tokenizer, prompt, begins_with_eot)
+    context = model.config.block_size
+    if len(ids) > context:
+        print(f"The prompt has {len(ids)} tokens; its last {context} are kept.", file=sys.stderr)
+    steps = generate(
+        model.to(device),
+        ids.expand(options.n, -1),
+        options.max_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        tokenizer.eot,
+    )
+    if options.n == 1:
+        stream(steps, tokenizer, prompt)
+    else:
+        for i, text in enumerate(collect(steps, tokenizer), start=1):
+            print(f"--- sample {i} of {options.n} ---\n{prompt}{text}\n")
+
+
+def check_options(options: Options) -> None:
+    """Raise UserError, naming the option, for a number that cannot be used."""
+    _require(options.n >= 1, "--n must be at least 1.")
+    _require(options.max_tokens >= 1, "--max-tokens must be at least 1.")
+    _require(
+        0 <= options.temperature < math.inf,
+        "--temperature must be 0 (always the likeliest token) or a number above it.",
+    )
+    _require(options.top_k is None or options.top_k >= 1, "--top-k must be at least 1.")
+    _require(
+        options.top_p is None or 0 < options.top_p <= 1, "--top-p must be above 0 and at most 1."
+    )
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def read_prompt(prompt: str) -> str:
+    """Return the prompt, from standard input if it is "-"; raises UserError if it is unusable."""
+    try:
+        if prompt == "-":
+            # Shells and editors end a text with a newline that is no part of what should go on.
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        # Bytes that are not UTF-8 come from the command line as lone surrogates.
+        prompt.encode("utf-8")
+    except UnicodeError:
+        raise UserError("--prompt is not UTF-8 text; convert it first.") from None
+    _require(
+        bool(prompt), "--prompt is empty; give the text to continue, or - to read it from a pipe."
+    )
+    return prompt
+
+
+def load(source: str, runs_dir: str = "runs") -> tuple[GPT, Tokenizer, bool]:
+    """Return (model on the CPU, its tokenizer, whether its documents begin with <|endoftext|>).
+
+    A run, by path or name, stands for its newest checkpoint and comes before a hub model of the
+    same name. Raises UserError when there is no such model or it cannot be read.
+    """
+    if (Path(source) / "state.json").is_file():
+        return _load_checkpoint(Path(source))
+    if hf.is_saved_model(Path(source)):
+        return _load_hf(source)
+    try:
+        run = run_directory(source, runs_dir)
+    except UserError as error:
+        if source in hf.HUB_NAMES:
+            return _load_hf(source)
+        raise UserError(
+            f"{error} Nor is it a checkpoint, a directory saved by transformers, "
+            f"or one of {', '.join(hf.HUB_NAMES)}."
+        ) from None
+    path = checkpoint.newest(run)
+    if path is None:
+        raise UserError(f"The run {run} has no complete checkpoint yet.")
+    return _load_checkpoint(path)
+
+
+def _load_checkpoint(path: Path) -> tuple[GPT, Tokenizer, bool]:
+    run = path.resolve().parent.parent
+    state = checkpoint.read_state(path)
+    tokenizer = load_tokenizer(**state.get("tokenizer", {"name": "gpt2", "alphabet": None}))
+    model = GPT(read_config(run).model)
+    checkpoint.load_model(path, model)
+    return model, tokenizer, True
+
+
+def _load_hf(source: str) -> tuple[GPT, Tokenizer, bool]:
+    model, tokenizer = hf.load_gpt2(source), gpt2_tokenizer()
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{source} has {model.config.vocab_size} token ids, but GPT-2's tokenizer has "
+            f"{tokenizer.vocab_size}, so its tokens cannot be turned into text."
+        )
+    return model, tokenizer, False
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str, begins_with_eot: bool) -> Tensor:
+    """Return a prompt's ids, int64 (T,), after <|endoftext|> if documents begin so or it is ""."""
+    start = [tokenizer.eot] if begins_with_eot or not prompt else []
+    return torch.tensor(start + tokenizer.encode(prompt).tolist())
+
+
+def generate(
+    model: GPT,
+    tokens: Tensor,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1337,
+    eot: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, int64 (B,) on the CPU, `max_tokens` times at most.
+
+    `tokens` is int64 (B, T), T >= 1; of more than the model's context the last part is kept. When
+    the context is full, its last half is read again and generation goes on from there. A row that
+    has drawn `eot` goes on yielding it, and when every row has, the iterator ends. The model is in
+    eval mode meanwhile; autocast, where the caller has it on, holds for all but the logits.
+    """
+    block_size = model.config.block_size
+    device = model.wte.weight.device
+    context = tokens[:, -block_size:].to(device)
+    cache = KVCache(model.config, len(tokens), device, _state_dtype(model))
+    generators = [row_generator(seed, row) for row in range(len(tokens))]
+    finished = torch.zeros(len(tokens), dtype=torch.bool)
+    unread = context
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(max_tokens):
+            logits = next_logits(model, unread, cache)
+            ids = choose(logits, generators, temperature, top_k, top_p)
+            if eot is not None:
+                ids = torch.where(finished, eot, ids)
+                finished = ids == eot
+            yield ids
+            if finished.all():
+                return
+            unread = ids[:, None].to(device)
+            context = torch.cat([context, unread], dim=1)[:, -block_size:]
+            if cache.length == block_size:
+                cache.length = 0
+                unread = context[:, -max(block_size // 2, 1) :]
+    finally:
+        model.train(was_training)
+
+
+def _state_dtype(model: GPT) -> torch.dtype:
+    """Return the dtype in which attention's keys come out: autocast's, or that of the weights."""
+    weight = model.wte.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
+# A decorated function rather than a block inside the generator, whose `yield` would leave the
+# caller's own code in inference mode.
+@torch.inference_mode()
+def next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """Return the logits, float32 (B, V) on the CPU, that follow ids (B, T) and those in `cache`."""
+    x = model.hidden(ids, cache)[:, -1]
+    # Logits reach magnitudes where bfloat16 is coarser than the differences that decide.
+    with torch.autocast(x.device.type, enabled=False):
+        return model.logits(x.to(model.wte.weight.dtype)).float().cpu()
+
+
+def row_generator(seed: int, row: int) -> torch.Generator:
+    """Return the CPU generator of one row, far from those of other rows and seeds."""
+    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
+    # PyTorch's CPU generator keeps 32 bits of its seed.
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def choose(
+    logits: Tensor,
+    generators: list[torch.Generator],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Tensor:
+    """Return one id for each row of logits (B, V); raises UserError when a logit is not finite."""
+    if not logits.isfinite().all():
+        raise UserError("The model's logits are not finite: its training diverged.")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # Every row draws at every step, so that a row's numbers do not depend on the others' ends.
+    uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
+    cumulative = distribution(logits, temperature, top_k, top_p).cumsum(dim=-1)
+    # The first id whose cumulative probability exceeds the draw; it never has probability zero.
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+
+
+def distribution(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Return the probabilities, float64 (B, V), from which a token is drawn; temperature > 0.
+
+    Temperature first, then the top_k likeliest ids, then of those the fewest whose mass reaches
+    top_p (nucleus sampling, Holtzman et al. 2020). Ids stay in their own order, so that two
+    near-equal ones that rounding swaps do not move the draw.
+    """
+    # Less the maximum first, so that no temperature is small enough to overflow.
+    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is not None:
+        kept, ids = scaled.topk(min(top_k, scaled.size(-1)))
+        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, ids, kept)
+    probs = scaled.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        kept, ids = probs.sort(dim=-1, descending=True)
+        mass_before = F.pad(kept.cumsum(dim=-1)[:, :-1], (1, 0))
+        kept = kept.masked_fill(mass_before >= top_p, 0)
+        probs = torch.zeros_like(probs).scatter(-1, ids, kept / kept.sum(dim=-1, keepdim=True))
+    return probs
+
+
+def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, prompt: str) -> None:
+    """Print the prompt and then row 0 as its tokens come, holding back characters cut in two."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    print(prompt, end="", flush=True)
+    for ids in steps:
+        if ids[0] != tokenizer.eot:
+            print(decoder.decode(tokenizer.decode_bytes(ids[:1].tolist())), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def collect(steps: Iterator[Tensor], tokenizer: Tokenizer) -> list[str]:
+    """Return the text of every row up to its <|endoftext|>, once all are finished."""
+    rows = torch.stack(list(steps), dim=1).tolist()
+    ends = [row.index(tokenizer.eot) if tokenizer.eot in row else len(row) for row in rows]
+    return [tokenizer.decode(row[:end]) for row, end in zip(rows, ends, strict=True)]
+
+
+def continuations(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_tokens: int,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    begins_with_eot: bool = True,
+) -> list[str]:
+    """Return one continuation of each prompt, without the prompt, from a model in memory.
+
+    Each is that of row 0 in `generate`, whatever the other prompts are. `max_tokens` is at least 1.
+    """
+    texts = []
+    for prompt in prompts:
+        tokens = prompt_ids(tokenizer, prompt, begins_with_eot)[None]
+        steps = generate(
+            model, tokens, max_tokens, temperature, top_k, seed=seed, eot=tokenizer.eot
+        )
+        texts += collect(steps, tokenizer)
+    return texts
+
+
+def generate_text(
+    source: str,
+    prompts: list[str],
+    max_tokens: int = 48,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    seed: int = 1337,
+    runs_dir: str = "runs",
+) -> list[str]:
+    """Return one continuation of each prompt from the model that `source` names, as in `load`."""
+    model, tokenizer, begins_with_eot = load(source, runs_dir)
+    model = model.to(pick_device("auto"))
+    return continuations(
+        model, tokenizer, prompts, max_tokens, seed, temperature, top_k, begins_with_eot
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,172 @@
+"""The command line: precedence, resuming, and a person's mistakes, each one plain sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import main
+import recipes
+from config import UserError, read_config
+from tests.tiny import ROOT, fields, make_data, script, tiny_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "tiny")
+
+
+def mistake(*args: object, cwd: Path) -> str:
+    """Run main.py, expect a mistake, and return its sentence after checking that it is only one."""
+    result = script("main.py", *args, cwd=cwd)
+    assert result.returncode in (1, 2), result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and line.endswith(".")
+    return line
+
+
+def small(data: Path, name: str = "run") -> list[str]:
+    return ["--data", str(data), "--name", name, *fields(tiny_config(data, Path("runs")))]
+
+
+def test_size_then_recipe_then_command_line(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = main.resolve(["quickstart", "--data", str(data), "--model.n-layer", "3"])
+    base = recipes.build("quickstart", "nano")
+    assert (job.config.model.n_layer, job.config.model.n_embd) == (3, base.model.n_embd)
+    assert job.config.optim == base.optim
+    assert (job.run, job.resumes) == (Path("runs/quickstart-nano"), False)
+    # What the data decides is part of the resolved config.
+    assert job.config.model.vocab_size == 30 and job.config.train.updates > 0
+    job = main.resolve(["--size", "nano", "--data", str(data), "--name", "x", "--optim.lr=0.5"])
+    assert (job.config.recipe, job.config.size, job.config.optim.lr) == ("gpt2", "nano", 0.5)
+    assert main.resolve(["--data", str(data), "--size", "nano"]).run.name == "gpt2-nano"
+
+
+def test_train_then_resume_with_another_micro_batch_then_refuse_another_model(data, tmp_path):
+    done = script("main.py", *small(data), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Figure: runs/run/figures/results.png" in done.stdout
+    assert "python main.py --resume run" in done.stdout
+    run = tmp_path / "runs" / "run"
+    assert read_config(run).train.updates == 12
+    environment = json.loads((run / "environment.json").read_text())
+    assert (environment["world_size"], environment["micro_batch"]) == (1, 4)
+    assert environment["versions"]["torch"] == torch.__version__
+
+    again = script("main.py", "--resume", "run", "--train.micro-batch", 2, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+    sentence = mistake("--resume", "run", "--model.n-layer", 3, "--optim.lr", 1, cwd=tmp_path)
+    assert "model.n_layer 2 -> 3" in sentence and "optim.lr 0.003 -> 1" in sentence
+    assert "exists; add --resume run" in mistake(*small(data), cwd=tmp_path)
+    auto = script("main.py", *small(data), "--auto-resume", cwd=tmp_path)
+    assert auto.returncode == 0, auto.stderr
+    changed = [*small(data), "--auto-resume", "--train.seed", 7]
+    assert "train.seed 1337 -> 7" in mistake(*changed, cwd=tmp_path)
+
+
+def test_killed_run_resumes_to_the_same_weights(data, tmp_path):
+    """SIGKILL somewhere after the first checkpoint; `--resume` ends with a straight run's bits."""
+    options = [*small(data), "--train.updates", "60", "--train.checkpoint-interval", "5"]
+    straight = script("main.py", *options, "--name", "straight", cwd=tmp_path)
+    assert straight.returncode == 0, straight.stderr
+    command = [sys.executable, str(ROOT / "main.py"), *options, "--name", "killed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (checkpoints / "step_000060").exists()
+    resumed = script("main.py", "--resume", "killed", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("model", "optimizer"):
+        file = f"checkpoints/step_000060/{name}.safetensors"
+        a = load_file(tmp_path / "runs" / "straight" / file)
+        b = load_file(tmp_path / "runs" / "killed" / file)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_interruption_says_how_to_go_on(data, tmp_path):
+    options = [*small(data), "--train.updates", "100000"]
+    command = [sys.executable, str(ROOT / "main.py"), *options]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "interrupted; continue with: python main.py --resume run" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["quickstrt"], "There is no recipe 'quickstrt'; did you mean quickstart?"),
+        (["--size", "125m"], "There is no size '125m'; did you mean 124m?"),
+        (["--optim.lrr", "1"], "There is no option --optim.lrr; did you mean --optim.lr?"),
+        (["--train.updates", "many"], "--train.updates"),
+        (["--train.order", "random"], "--train.order"),
+        (["--data", "nowhere"], "There is no data 'nowhere'"),
+        (["--data", "empty"], "empty holds no token shards"),
+        (["--resume", "nothing"], "There is no run 'nothing'"),
+        (["--data", "DATA", "--name", "a/b"], "--name a/b is not a plain name"),
+        (["--data", "DATA", "--model.n-head", "5"], "must be a multiple of model.n_head 5"),
+        (["--data", "DATA", "--train.tokens-per-update", "1000"], "is not a multiple of"),
+        (["--data", "DATA", "--size", "124m"], "less than one update"),
+    ],
+)
+def test_mistakes_are_one_sentence_without_loading_torch(
+    data, tmp_path, monkeypatch, args, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    args = [str(data) if arg == "DATA" else arg for arg in args]
+    if "--size" not in args:
+        args += ["--size", "nano"]
+    with pytest.raises(UserError) as error:
+        main.resolve(args)
+    text = str(error.value)
+    assert sentence in text and "\n" not in text and len(text) < 300
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistakes_from_the_shell(data, tmp_path):
+    assert "did you mean quickstart" in mistake("quickstrt", cwd=tmp_path)
+    indivisible = mistake(*small(data), "--train.micro-batch", 3, cwd=tmp_path)
+    assert "does not divide the 8 windows" in indivisible and "1, 2, 4, 8." in indivisible
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_many_processes_are_one_sentence(data, tmp_path):
+    result = script("main.py", *small(data), cwd=tmp_path, processes=3)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "cannot be shared by 3 processes; valid" in errors[0]
+
+
+def test_help_shows_every_field(tmp_path):
+    result = script("main.py", "--help", cwd=tmp_path, COLUMNS="200")
+    assert result.returncode == 0
+    for option in (
+        *("--model.n-layer", "--model.block-size", "--model.dropout", "--optim.lr"),
+        *("--optim.grad-clip", "--train.updates", "--train.tokens-per-update", "--train.compile"),
+        *("--train.val-tokens", "--train.keep-checkpoints", "--train.runs-dir", "--auto-resume"),
+    ):
+        assert option in result.stdout
+    assert "Peak learning rate of AdamW" in result.stdout
