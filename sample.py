@@ -2,10 +2,8 @@
 
     python sample.py RUN|CHECKPOINT|HF_NAME --prompt TEXT
 
-The past is kept as keys and values (`KVCache`), so a new token costs one token's work. All samples
-of a prompt advance together as the rows of one batch. A row draws one uniform number a token from
-a CPU generator of its own, seeded by (seed, row): what row i says depends neither on how many other
-rows there are nor on the device, but for the rounding of the logits.
+`generate.py` draws the tokens. All samples of a prompt advance together as the rows of one batch,
+and what one says does not depend on how many others there are.
 
 Training documents begin with <|endoftext|>, so a prompt to one of our own models does too. OpenAI's
 models are given the prompt alone, as everyone else gives it to them. An empty prompt is
@@ -13,7 +11,6 @@ models are given the prompt alone, as everyone else gives it to them. An empty p
 """
 
 import codecs
-import hashlib
 import math
 import sys
 from collections.abc import Iterator
@@ -22,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -31,7 +27,8 @@ import hf
 from command_line import parse, run_script
 from config import UserError, read_config, run_directory
 from distributed import pick_device
-from model import GPT, KVCache
+from generate import generate
+from model import GPT
 from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 
@@ -176,119 +173,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, begins_with_eot: bool) -> Tens
     """Return a prompt's ids, int64 (T,), after <|endoftext|> if documents begin so or it is ""."""
     start = [tokenizer.eot] if begins_with_eot or not prompt else []
     return torch.tensor(start + tokenizer.encode(prompt).tolist())
-
-
-def generate(
-    model: GPT,
-    tokens: Tensor,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 1337,
-    eot: int | None = None,
-) -> Iterator[Tensor]:
-    """Yield the next token of every row, int64 (B,) on the CPU, `max_tokens` times at most.
-
-    `tokens` is int64 (B, T), T >= 1; of more than the model's context the last part is kept. When
-    the context is full, its last half is read again and generation goes on from there. A row that
-    has drawn `eot` goes on yielding it, and when every row has, the iterator ends. The model is in
-    eval mode meanwhile; autocast, where the caller has it on, holds for all but the logits.
-    """
-    block_size = model.config.block_size
-    device = model.wte.weight.device
-    context = tokens[:, -block_size:].to(device)
-    cache = KVCache(model.config, len(tokens), device, _state_dtype(model))
-    generators = [row_generator(seed, row) for row in range(len(tokens))]
-    finished = torch.zeros(len(tokens), dtype=torch.bool)
-    unread = context
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_tokens):
-            logits = next_logits(model, unread, cache)
-            ids = choose(logits, generators, temperature, top_k, top_p)
-            if eot is not None:
-                ids = torch.where(finished, eot, ids)
-                finished = ids == eot
-            yield ids
-            if finished.all():
-                return
-            unread = ids[:, None].to(device)
-            context = torch.cat([context, unread], dim=1)[:, -block_size:]
-            if cache.length == block_size:
-                cache.length = 0
-                unread = context[:, -max(block_size // 2, 1) :]
-    finally:
-        model.train(was_training)
-
-
-def _state_dtype(model: GPT) -> torch.dtype:
-    """Return the dtype in which attention's keys come out: autocast's, or that of the weights."""
-    weight = model.wte.weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
-
-
-# A decorated function rather than a block inside the generator, whose `yield` would leave the
-# caller's own code in inference mode.
-@torch.inference_mode()
-def next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """Return the logits, float32 (B, V) on the CPU, that follow ids (B, T) and those in `cache`."""
-    x = model.hidden(ids, cache)[:, -1]
-    # Logits reach magnitudes where bfloat16 is coarser than the differences that decide.
-    with torch.autocast(x.device.type, enabled=False):
-        return model.logits(x.to(model.wte.weight.dtype)).float().cpu()
-
-
-def row_generator(seed: int, row: int) -> torch.Generator:
-    """Return the CPU generator of one row, far from those of other rows and seeds."""
-    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
-    # PyTorch's CPU generator keeps 32 bits of its seed.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def choose(
-    logits: Tensor,
-    generators: list[torch.Generator],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Tensor:
-    """Return one id for each row of logits (B, V); raises UserError when a logit is not finite."""
-    if not logits.isfinite().all():
-        raise UserError("The model's logits are not finite: its training diverged.")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # Every row draws at every step, so that a row's numbers do not depend on the others' ends.
-    uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
-    cumulative = distribution(logits, temperature, top_k, top_p).cumsum(dim=-1)
-    # The first id whose cumulative probability exceeds the draw; it never has probability zero.
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-
-
-def distribution(
-    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Return the probabilities, float64 (B, V), from which a token is drawn; temperature > 0.
-
-    Temperature first, then the top_k likeliest ids, then of those the fewest whose mass reaches
-    top_p (nucleus sampling, Holtzman et al. 2020). Ids stay in their own order, so that two
-    near-equal ones that rounding swaps do not move the draw.
-    """
-    # Less the maximum first, so that no temperature is small enough to overflow.
-    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None:
-        kept, ids = scaled.topk(min(top_k, scaled.size(-1)))
-        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, ids, kept)
-    probs = scaled.softmax(dim=-1)
-    if top_p is not None and top_p < 1:
-        kept, ids = probs.sort(dim=-1, descending=True)
-        mass_before = F.pad(kept.cumsum(dim=-1)[:, :-1], (1, 0))
-        kept = kept.masked_fill(mass_before >= top_p, 0)
-        probs = torch.zeros_like(probs).scatter(-1, ids, kept / kept.sum(dim=-1, keepdim=True))
-    return probs
 
 
 def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, prompt: str) -> None:

@@ -13,8 +13,9 @@ import checkpoint
 import sample
 from command_line import run_script
 from config import Config, ModelConfig, TrainConfig, UserError, to_json
+from generate import choose, distribution, generate, next_logits, row_generator
 from model import GPT, KVCache
-from sample import Options, choose, continuations, distribution, generate, next_logits
+from sample import Options, continuations
 from tokenizer import CharTokenizer, gpt2_tokenizer
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=50)
@@ -126,7 +127,7 @@ def test_neighbouring_seeds_share_no_row(model):
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().clamp(min=-1e30)
     many = 4000
-    generators = [sample.row_generator(0, row) for row in range(many)]
+    generators = [row_generator(0, row) for row in range(many)]
     ids = choose(logits.expand(many, -1), generators, 1.0, None, None)
     counts = torch.bincount(ids, minlength=4) / many
     assert counts[2] == 0
