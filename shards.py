@@ -126,7 +126,7 @@ class ShardWriter:
     def __init__(self, directory: Path, manifest: Manifest, tokenizer: Tokenizer):
         """Continue the directory that `manifest` describes, after its last complete shard."""
         self.directory, self.manifest = directory, manifest
-        self._token_bytes = tokenizer.token_bytes()
+        self._token_bytes = tokenizer.token_bytes().astype(np.uint8)  # at most 128 bytes
         self._eot = tokenizer.eot
         self._buffer = np.empty(manifest.shard_tokens, dtype="<u2")
         self._filled = 0
@@ -186,9 +186,7 @@ class ShardWriter:
         write_atomically(self.directory / file, header, payload)
         digest = hashlib.sha256(header)
         digest.update(payload)
-        # A piece at a time: the lengths are int64, and a shard's worth of them would be 800 MB.
-        pieces = (tokens[start : start + 2**20] for start in range(0, len(tokens), 2**20))
-        text_bytes = sum(int(self._token_bytes[piece].sum()) for piece in pieces)
+        text_bytes = int(self._token_bytes[tokens].sum())
         shard = Shard(file, split, len(tokens), text_bytes, digest.hexdigest(), self._reached)
         self.manifest = dataclasses.replace(self.manifest, shards=(*self.manifest.shards, shard))
 
@@ -266,9 +264,8 @@ class TokenStream:
         index = int(np.searchsorted(self._ends, start, side="right"))
         while count > 0:
             offset = start - (int(self._ends[index - 1]) if index else 0)
-            piece = self._map(index)[offset : offset + count]
-            pieces.append(piece)
-            start, count, index = start + len(piece), count - len(piece), index + 1
+            pieces.append(self._map(index)[offset : offset + count])
+            start, count, index = start + len(pieces[-1]), count - len(pieces[-1]), index + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, "<u2")])
 
     def windows(self, starts: np.ndarray, count: int) -> np.ndarray:
