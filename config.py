@@ -85,8 +85,8 @@ class TrainConfig:
     """Token budget, used when neither updates nor epochs is given."""
     tokens_per_update: int = 524_288
     """Tokens in one update over all processes and micro-batches: the global batch."""
-    micro_batch: int = 16
-    """Windows in one forward pass of one process; changes memory and speed, never the result."""
+    micro_batch: int | None = None
+    """Windows in a forward pass of one process; by default what divides, up to the size's limit."""
     order: Literal["sequential", "shuffle_windows"] = "sequential"
     """Order of the training windows: as stored, or one global permutation an epoch."""
     val_interval: int = 250
@@ -245,7 +245,10 @@ def validate(config: Config) -> None:
         _require(0 <= getattr(optim, name) < 1, f"optim.{name} must be at least 0 and below 1.")
     _require(train.updates is None or train.updates >= 0, "train.updates must not be negative.")
     _require(train.epochs is None or train.epochs > 0, "train.epochs must be above 0.")
-    for name in ("tokens", "micro_batch", "log_interval", "keep_checkpoints", "val_tokens"):
+    _require(
+        train.micro_batch is None or train.micro_batch >= 1, "train.micro_batch must be 1 or more."
+    )
+    for name in ("tokens", "log_interval", "keep_checkpoints", "val_tokens"):
         _require(getattr(train, name) >= 1, f"train.{name} must be at least 1.")
     for name in ("val_interval", "checkpoint_interval", "sample_tokens"):
         _require(getattr(train, name) >= 0, f"train.{name} must not be negative.")
@@ -269,26 +272,35 @@ def windows_per_update(config: Config) -> int:
     return tokens // length
 
 
+def windows_per_process(config: Config, world_size: int) -> int:
+    """Return the windows each process has in an update; raises UserError, listing what divides."""
+    windows = windows_per_update(config)
+    if windows % world_size:
+        raise UserError(
+            f"An update of {windows} windows cannot be shared by {world_size} processes; "
+            f"valid process counts are {_listing(divisors(windows))}."
+        )
+    return windows // world_size
+
+
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Return the micro-batches each process computes for one update.
 
-    Raises UserError, listing the valid micro-batches, unless world_size * micro_batch divides G.
+    Raises UserError, listing the valid ones, unless world_size * micro_batch divides G.
     """
-    windows, micro_batch = windows_per_update(config), config.train.micro_batch
-    if windows % world_size:
-        valid = [n for n in range(1, windows + 1) if windows % n == 0]
-        raise UserError(
-            f"An update of {windows} windows cannot be shared by {world_size} processes; "
-            f"valid process counts are {_listing(valid)}."
-        )
-    share = windows // world_size
+    share, micro_batch = windows_per_process(config, world_size), config.train.micro_batch
     if share % micro_batch:
-        valid = [n for n in range(1, share + 1) if share % n == 0]
         raise UserError(
             f"train.micro_batch {micro_batch} does not divide the {share} windows that each of "
-            f"{world_size} processes has in an update; valid choices are {_listing(valid)}."
+            f"{world_size} processes has in an update; valid choices are "
+            f"{_listing(divisors(share))}."
         )
     return share // micro_batch
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _listing(numbers: list[int]) -> str:

@@ -149,7 +149,7 @@ def launch(job: Job, world: "World") -> None:
     from train import train
 
     config, run = job.config, job.run
-    accumulation_steps(config, world.size)
+    accumulation_steps(recipes.fit_micro_batch(config, world.size), world.size)
     if config.data == load_fineweb.PYDOCS and world.is_main:
         # The embedded corpus needs no download, so it is made when first asked for.
         load_fineweb.prepare(load_fineweb.PYDOCS, DATA_DIR / config.data, quiet=True)
@@ -159,6 +159,8 @@ def launch(job: Job, world: "World") -> None:
         if world.is_main:
             logs.create_run(run, config)
     barrier()
+    # How an update is divided belongs to this start, not to the run: config.json does not fix it.
+    config = recipes.fit_micro_batch(config, world.size)
     found = checkpoint.newest(run) if job.resumes else None
     if world.is_main:
         print(summary(config, run, world), flush=True)

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterable
 
-from config import Config, UserError, replace
+from config import Config, UserError, divisors, replace, windows_per_process
 
 # Continued at step 0 and at every checkpoint, so that one can watch a model learn to write.
 PROMPTS = (
@@ -29,7 +29,7 @@ class Size:
     n_embd: int
     block_size: int
     tokens_per_update: int
-    micro_batch: int
+    max_micro_batch: int
     tokens: int
     lr: float
     val_interval: int = 250
@@ -100,7 +100,8 @@ def build(recipe: str, size: str | None = None) -> Config:
     check_name(size, SIZES, "size")
     changes = {}
     for name, value in dataclasses.asdict(SIZES[size]).items():
-        changes[f"{_group(name)}.{name}"] = value
+        if name != "max_micro_batch":
+            changes[f"{_group(name)}.{name}"] = value
     config = replace(Config(recipe=recipe, size=size), changes)
     return RECIPES[recipe](config)
 
@@ -109,6 +110,19 @@ def _group(name: str) -> str:
     if name == "lr":
         return "optim"
     return "model" if name.startswith("n_") or name == "block_size" else "train"
+
+
+def fit_micro_batch(config: Config, world_size: int) -> Config:
+    """Return the config with a micro-batch: the one given, or the largest that divides.
+
+    It is at most the size's `max_micro_batch`. Raises UserError when the processes do not divide
+    the update.
+    """
+    if config.train.micro_batch is not None:
+        return config
+    share, limit = windows_per_process(config, world_size), SIZES[config.size].max_micro_batch
+    fitting = max(n for n in divisors(share) if n <= limit)
+    return replace(config, {"train.micro_batch": fitting})
 
 
 def check_name(name: str, known: Iterable[str], kind: str) -> None:

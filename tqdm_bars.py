@@ -51,10 +51,18 @@ class TrainingBar:
     The clock runs from `start` on, except inside `paused`; one process only draws the bar.
     """
 
-    def __init__(self, first: int, total: int, tokens_per_update: int, disable: bool = False):
-        """Begin at update `first` of `total`."""
+    def __init__(
+        self,
+        first: int,
+        total: int,
+        tokens_per_update: int,
+        peak_speed: float | None = None,
+        disable: bool = False,
+    ):
+        """Begin at update `first` of `total`; `peak_speed` is what 100% MFU would be, tokens/s."""
         self._updates = 0
         self._tokens_per_update = tokens_per_update
+        self._peak_speed = peak_speed
         self._counted = 0.0
         self._started: float | None = None
         self._bar = tqdm(
@@ -91,18 +99,21 @@ class TrainingBar:
         tokens = self._updates * self._tokens_per_update
         return tokens / self.seconds if tokens else 0.0
 
-    def update(self) -> None:
-        """Count one update."""
-        self._updates += 1
-        self._bar.update()
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization: the share of the device's peak that the model's FLOPs make."""
+        return self.tokens_per_second / self._peak_speed if self._peak_speed else None
 
-    def show(self, loss: float, mfu: float | None) -> None:
-        """Refresh the figures beside the bar; the loss is in nats a token."""
-        left = (self._bar.total - self._bar.n) * self.seconds / max(self._updates, 1)
-        shown = [f"loss {loss:.3f}", f"{tqdm.format_sizeof(self.tokens_per_second)} tokens/s"]
-        shown += [f"MFU {mfu:.1%}"] if mfu is not None else []
-        shown += [f"{tqdm.format_interval(left)} left"]
-        self._bar.set_postfix_str(", ".join(shown))
+    def update(self, loss: float | None = None) -> None:
+        """Count one update; with its loss, in nats a token, renew the figures beside the bar."""
+        self._updates += 1
+        if loss is not None:
+            left = (self._bar.total - self._bar.n - 1) * self.seconds / self._updates
+            shown = [f"loss {loss:.3f}", f"{tqdm.format_sizeof(self.tokens_per_second)} tokens/s"]
+            shown += [f"MFU {self.mfu:.1%}"] if self.mfu is not None else []
+            shown += [f"{tqdm.format_interval(left)} left"]
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.update()
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""

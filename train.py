@@ -54,7 +54,7 @@ from tqdm_bars import EvaluationBar, TrainingBar
 
 
 @dataclass
-class Session:
+class Trainer:
     """What one process holds while it trains.
 
     `compiled` is `model` behind torch.compile, where that is on; `parallel` is that behind DDP,
@@ -77,25 +77,30 @@ class Session:
     earlier_seconds: float = 0.0
     losses: dict[str, Any] | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of training in the whole run so far, without validation and the like."""
+        return self.earlier_seconds + self.bar.seconds
+
 
 def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> None:
     """Train until update config.train.updates, from scratch or from checkpoint `resumed`."""
-    session, start = _begin(config, run, world, resumed)
-    bar, total = session.bar, session.total
-    batches = training_batches(session.data, config, world, start + 1, total)
+    trainer, start = _begin(config, run, world, resumed)
+    bar, total = trainer.bar, trainer.total
+    batches = training_batches(trainer.data, config, world, start + 1, total)
     with contextlib.closing(batches), contextlib.closing(bar):
         bar.start()
         for step in range(start, total + 1):
             # A resumed run has been measured at its first step already.
             if step > start or resumed is None:
-                measure(session, step)
+                measure(trainer, step)
             if step == total:
                 break
-            loss, norm = update(session, next(batches), step + 1)
-            record_update(session, step + 1, loss, norm)
+            loss, norm = update(trainer, next(batches), step + 1)
+            record_update(trainer, step + 1, loss, norm)
 
 
-def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tuple[Session, int]:
+def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tuple[Trainer, int]:
     """Build the model, optimizers and data of a run, and load them from `resumed` if given."""
     dtype = pick_dtype(config.train.dtype, world.device)
     torch.set_float32_matmul_precision("high" if config.train.dtype == "tf32" else "highest")
@@ -112,8 +117,14 @@ def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tup
         checkpoint.load_optimizers(resumed, model, optimizers)
     compiled = _compile(model, config, world)
     start, total = state["step"], config.train.updates
-    bar = TrainingBar(start, total, config.train.tokens_per_update, disable=not world.is_main)
-    session = Session(
+    bar = TrainingBar(
+        start,
+        total,
+        config.train.tokens_per_update,
+        _peak_speed(config, world),
+        disable=not world.is_main,
+    )
+    trainer = Trainer(
         config,
         run,
         world,
@@ -131,16 +142,22 @@ def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tup
     )
     if world.is_main:
         logs.rewind(run, start if resumed is not None else -1)
-        logs.write_environment(run, start, _facts(session, directory))
-    return session, start
+        logs.write_environment(run, start, _facts(trainer, directory))
+    return trainer, start
 
 
-def _facts(session: Session, directory: Path) -> dict[str, Any]:
-    world, config = session.world, session.config
+def _peak_speed(config: Config, world: World) -> float | None:
+    """Return the tokens per second that would keep all devices at their peak, where it is known."""
+    peak = peak_flops(world.device)
+    return peak * world.size / flops_per_token(config.model) if peak else None
+
+
+def _facts(trainer: Trainer, directory: Path) -> dict[str, Any]:
+    world, config = trainer.world, trainer.config
     on_gpu = world.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else world.device.type,
-        "dtype": str(session.dtype).removeprefix("torch."),
+        "dtype": str(trainer.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "world_size": world.size,
         "micro_batch": config.train.micro_batch,
@@ -167,14 +184,14 @@ def _has_compiler(device: torch.device) -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def update(session: Session, windows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """Make update `step` from this rank's windows (G / world size, T + 1).
 
     Returns this rank's mean loss in nats a token and the norm of the global gradient, on the
     device.
     """
-    config, forward, world = session.config, session.parallel, session.world
-    set_rates(session.optimizers, schedule(step, session.total, config.optim), config.optim)
+    config, forward, world = trainer.config, trainer.parallel, trainer.world
+    set_rates(trainer.optimizers, schedule(step, trainer.total, config.optim), config.optim)
     micro_batches = windows.split(config.train.micro_batch)
     loss = torch.zeros((), device=world.device)
     for i, batch in enumerate(micro_batches):
@@ -183,15 +200,15 @@ def update(session: Session, windows: Tensor, step: int) -> tuple[Tensor, Tensor
         # forward pass already.
         waits = world.size > 1 and i < len(micro_batches) - 1
         with forward.no_sync() if waits else contextlib.nullcontext():
-            with autocast(world.device, session.dtype):
+            with autocast(world.device, trainer.dtype):
                 _, mean = forward(batch[:, :-1], batch[:, 1:])
             # All micro-batches have as many tokens, so this adds up to the mean over all of them.
             share = mean / len(micro_batches)
             share.backward()
         loss += share.detach()
     clip = config.optim.grad_clip or math.inf
-    norm = nn.utils.clip_grad_norm_(session.model.parameters(), clip)
-    for optimizer in session.optimizers:
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), clip)
+    for optimizer in trainer.optimizers:
         optimizer.step()
         optimizer.zero_grad()
     return loss, norm
@@ -204,121 +221,116 @@ def _seed_dropout(config: Config, step: int, window: int) -> None:
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
 
-def record_update(session: Session, step: int, loss: Tensor, norm: Tensor) -> None:
+def record_update(trainer: Trainer, step: int, loss: Tensor, norm: Tensor) -> None:
     """Advance the bar and, at the log interval, write the train line of update `step`."""
-    config, world, bar = session.config, session.world, session.bar
-    if step % config.train.log_interval and step != session.total:
+    config, world, bar = trainer.config, trainer.world, trainer.bar
+    if step % config.train.log_interval and step != trainer.total:
         bar.update()
         return
     mean_loss = (sum_over_ranks(loss) / world.size).item()
-    seconds = session.earlier_seconds + bar.seconds
-    peak = peak_flops(world.device)
-    bar.update()
-    speed = bar.tokens_per_second
-    mfu = speed * flops_per_token(config.model) / (peak * world.size) if peak else None
-    bar.show(mean_loss, mfu)
-    session.losses["train_loss"] = mean_loss
+    bar.update(mean_loss)
+    trainer.losses["train_loss"] = mean_loss
     if world.is_main:
         line = {
             "kind": "train",
             "step": step,
             "tokens": step * config.train.tokens_per_update,
             "loss": mean_loss,
-            "lr": lr_at(step, session.total, config.optim),
+            "lr": lr_at(step, trainer.total, config.optim),
             "grad_norm": norm.item(),
-            "tokens_per_second": speed,
-            "mfu": mfu,
-            "seconds": seconds,
+            "tokens_per_second": bar.tokens_per_second,
+            "mfu": bar.mfu,
+            "seconds": trainer.seconds,
         }
-        logs.append_metrics(session.run, line)
+        logs.append_metrics(trainer.run, line)
 
 
-def measure(session: Session, step: int) -> None:
+def measure(trainer: Trainer, step: int) -> None:
     """Do what is due after `step` updates: validate, sample, save a checkpoint."""
-    train = session.config.train
-    epoch = len(session.data) // windows_per_update(session.config)
+    train = trainer.config.train
+    epoch = len(trainer.data) // windows_per_update(trainer.config)
     saves = step > 0 and (_every(train.checkpoint_interval, step) or step % epoch == 0)
-    saves = saves or step == session.total
+    saves = saves or step == trainer.total
     if not (saves or step == 0 or _every(train.val_interval, step)):
         return
-    synchronize(session.world.device)
-    with session.bar.paused():
-        record_validation(session, step)
-        if (saves or step == 0) and session.world.is_main:
-            write_samples(session, step)
+    synchronize(trainer.world.device)
+    with trainer.bar.paused():
+        record_validation(trainer, step)
+        if (saves or step == 0) and trainer.world.is_main:
+            write_samples(trainer, step)
         if saves and step > 0:
-            save_checkpoint(session, step)
+            save_checkpoint(trainer, step)
 
 
 def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def record_validation(session: Session, step: int) -> None:
+def record_validation(trainer: Trainer, step: int) -> None:
     """Validate, write the val line and print it above the bar."""
-    loss, bits_per_byte = validate(session)
-    session.losses |= {"val_loss": loss, "bits_per_byte": bits_per_byte}
-    tokens = step * session.config.train.tokens_per_update
+    loss, bits_per_byte = validate(trainer)
+    trainer.losses |= {"val_loss": loss, "bits_per_byte": bits_per_byte}
+    tokens = step * trainer.config.train.tokens_per_update
     line = {"kind": "val", "step": step, "tokens": tokens, "loss": loss}
     if bits_per_byte is not None:
         line["bits_per_byte"] = bits_per_byte
     per_byte = f", {bits_per_byte:.3f} bits a byte" if bits_per_byte is not None else ""
-    session.bar.write(f"step {step:>6}: validation loss {loss:.4f}{per_byte}")
-    if session.world.is_main:
-        logs.append_metrics(session.run, line)
+    trainer.bar.write(f"step {step:>6}: validation loss {loss:.4f}{per_byte}")
+    if trainer.world.is_main:
+        logs.append_metrics(trainer.run, line)
 
 
 @torch.no_grad()
-def validate(session: Session) -> tuple[float, float | None]:
+def validate(trainer: Trainer) -> tuple[float, float | None]:
     """Return the mean loss in nats a token over the validation tokens, and bits per byte of text.
 
     Every validation of every run reads the same tokens; ranks share them and their sums are added.
     """
-    config, world, data = session.config, session.world, session.val_data
+    config, world, data = trainer.config, trainer.world, trainer.val_data
     token_bytes = data.stream.tokenizer.token_bytes()
     # One row a batch: nats, tokens, bytes of text.
     rows = [torch.zeros(3, dtype=torch.float64)]
-    session.compiled.eval()
+    trainer.compiled.eval()
     count = validation_batch_count(data, config, world)
     with EvaluationBar("validating", count, "batch", disable=not world.is_main) as bar:
         for inputs, targets in validation_batches(data, config, world):
             scored = targets[targets != IGNORED]
-            with autocast(world.device, session.dtype):
-                _, mean = session.compiled(inputs.to(world.device), targets.to(world.device))
+            with autocast(world.device, trainer.dtype):
+                _, mean = trainer.compiled(inputs.to(world.device), targets.to(world.device))
             text_bytes = token_bytes[scored.numpy()].sum()
             rows.append(torch.tensor([mean.item() * len(scored), len(scored), text_bytes]))
             bar.update()
-    session.compiled.train()
+    trainer.compiled.train()
     nats, tokens, text_bytes = sum_over_ranks(torch.stack(rows).sum(0).to(world.device)).tolist()
     return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
 
 
-def write_samples(session: Session, step: int) -> None:
+def write_samples(trainer: Trainer, step: int) -> None:
     """Continue the fixed prompts, on one process, into samples.md."""
-    train, tokenizer = session.config.train, session.data.stream.tokenizer
+    train, tokenizer = trainer.config.train, trainer.data.stream.tokenizer
     if train.sample_tokens == 0:
         return
     prompts = [prompt for prompt in PROMPTS if can_encode(tokenizer, prompt)]
-    with autocast(session.world.device, session.dtype):
-        texts = continuations(session.model, tokenizer, prompts, train.sample_tokens, train.seed)
-    logs.append_samples(session.run, step, prompts, texts)
+    with autocast(trainer.world.device, trainer.dtype):
+        texts = continuations(trainer.model, tokenizer, prompts, train.sample_tokens, train.seed)
+    logs.append_samples(trainer.run, step, prompts, texts)
 
 
-def save_checkpoint(session: Session, step: int) -> None:
+def save_checkpoint(trainer: Trainer, step: int) -> None:
     """Save, on one process while the others wait, and delete what need not be kept."""
-    if session.world.is_main:
-        tokenizer = session.data.stream.tokenizer
+    if trainer.world.is_main:
+        tokenizer = trainer.data.stream.tokenizer
         state = {
-            "config_digest": identity_digest(session.config),
-            "seconds": session.earlier_seconds + session.bar.seconds,
+            "config_digest": identity_digest(trainer.config),
+            "seconds": trainer.seconds,
             "tokenizer": {
                 "name": tokenizer.name,
                 "alphabet": getattr(tokenizer, "alphabet", None),
             },
-            **session.losses,
+            **trainer.losses,
         }
-        checkpoint.save(session.run, step, session.model, session.optimizers, state)
-        checkpoint.prune(session.run, session.config.train.keep_checkpoints)
+        checkpoint.save(trainer.run, step, trainer.model, trainer.optimizers, state)
+        checkpoint.prune(trainer.run, trainer.config.train.keep_checkpoints)
     barrier()
 
 

@@ -58,11 +58,14 @@ def test_every_field_has_a_one_line_doc():
 
 
 def test_accumulation_is_exact_or_refused():
-    config = Config()  # 512 windows an update
+    config = recipes.build("gpt2")  # 512 windows an update
     assert c.accumulation_steps(replace(config, {"train.micro_batch": 64}), 8) == 1
     assert c.accumulation_steps(replace(config, {"train.micro_batch": 64}), 1) == 8
     with pytest.raises(UserError, match=r"valid process counts are 1, 2, 4, 8, 16"):
         c.accumulation_steps(config, 3)
+    # Not given, it is the largest that divides, up to the size's limit.
+    for processes, fitting in ((1, 16), (8, 16), (64, 8), (512, 1)):
+        assert recipes.fit_micro_batch(config, processes).train.micro_batch == fitting
     with pytest.raises(
         UserError, match=r"micro_batch 48 does not divide the 64 .* 1, 2, 4, 8, 16, 32, 64"
     ):
@@ -103,7 +106,7 @@ def test_every_recipe_runs_at_every_size(recipe, size):
     config = recipes.build(recipe, size)
     c.validate(config)
     assert (config.recipe, config.size) == (recipe, size)
-    assert c.accumulation_steps(config, 1) >= 1
+    assert c.accumulation_steps(recipes.fit_micro_batch(config, 2), 2) >= 1
     with torch.device("meta"):
         model = GPT(dataclasses.replace(config.model, n_layer=1))
     assert model.config.n_embd == config.model.n_embd

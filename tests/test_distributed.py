@@ -62,18 +62,18 @@ with join_world("cpu") as world:
     if world.is_main:
         run.mkdir(parents=True)
     torch.distributed.barrier()
-    session, _ = train._begin(config, run, world, None)
+    trainer, _ = train._begin(config, run, world, None)
     sent = []
     def hook(state, bucket):
         sent.append(bucket.is_last())
         return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(
             lambda future: future.value()[0] / world.size
         )
-    session.parallel.register_comm_hook(None, hook)
-    windows = session.data.windows(range(world.rank * 4, world.rank * 4 + 4))
-    train.update(session, windows, 1)
+    trainer.parallel.register_comm_hook(None, hook)
+    windows = trainer.data.windows(range(world.rank * 4, world.rank * 4 + 4))
+    train.update(trainer, windows, 1)
     assert sum(sent) == 1, sent
-    grown = torch.stack([p.detach().float().sum() for p in session.model.parameters()])
+    grown = torch.stack([p.detach().float().sum() for p in trainer.model.parameters()])
     both = [torch.empty_like(grown) for _ in range(2)]
     torch.distributed.all_gather(both, grown)
     assert torch.equal(*both)
