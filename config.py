@@ -14,7 +14,6 @@ import json
 import math
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 
@@ -338,22 +337,3 @@ def flops_per_token(model: ModelConfig) -> float:
     """
     multiplied = parameter_count(model) - model.block_size * model.n_embd
     return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size
-
-
-def run_directory(run: str, runs_dir: str = "runs") -> Path:
-    """Return the directory of a run given by path or by name; raises UserError if there is none."""
-    for path in (Path(run), Path(runs_dir) / run):
-        if (path / "config.json").is_file():
-            return path
-    raise UserError(
-        f"There is no run '{run}': neither a run directory nor a name under {runs_dir}/."
-    )
-
-
-def read_config(run: Path) -> Config:
-    """Read a run's config.json; raises UserError when it is missing or damaged."""
-    path = run / "config.json"
-    try:
-        return from_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error

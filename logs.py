@@ -15,12 +15,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config import Config, UserError, to_json
+from config import Config, UserError, from_json, to_json
 from files import write_atomically
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.md"
 PACKAGES = ("torch", "numpy", "tiktoken", "safetensors")
+
+
+def run_directory(run: str, runs_dir: str = "runs") -> Path:
+    """Return the directory of a run given by path or by name; raises UserError if there is none."""
+    for path in (Path(run), Path(runs_dir) / run):
+        if (path / "config.json").is_file():
+            return path
+    raise UserError(
+        f"There is no run '{run}': neither a run directory nor a name under {runs_dir}/."
+    )
+
+
+def read_config(run: Path) -> Config:
+    """Read a run's config.json; raises UserError when it is missing or damaged."""
+    path = run / "config.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from error
 
 
 def create_run(run: Path, config: Config) -> None:

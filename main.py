@@ -26,13 +26,12 @@ from config import (
     changed_identity,
     flops_per_token,
     parameter_count,
-    read_config,
     replace,
-    run_directory,
     total_updates,
     validate,
     windows_per_update,
 )
+from logs import create_run, read_config, run_directory
 from shards import DATA_DIR, find_data, read_manifest
 
 if TYPE_CHECKING:
@@ -144,7 +143,6 @@ def _complete(config: Config) -> Config:
 def launch(job: Job, world: "World") -> None:
     """Train the job on this process, together with the others of `world`."""
     import checkpoint
-    import logs
     from distributed import barrier
     from train import train
 
@@ -157,7 +155,7 @@ def launch(job: Job, world: "World") -> None:
     if not job.resumes:
         config = _complete(config)
         if world.is_main:
-            logs.create_run(run, config)
+            create_run(run, config)
     barrier()
     # How an update is divided belongs to this start, not to the run: config.json does not fix it.
     config = recipes.fit_micro_batch(config, world.size)

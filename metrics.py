@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, UserError, read_config, total_updates
+from config import Config, UserError, total_updates
+from logs import read_config
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 import tyro
 
 from command_line import parse, run_script
-from config import UserError, run_directory
+from config import UserError
 from figures import draw
+from logs import run_directory
 from metrics import (
     Points,
     Run,

@@ -25,9 +25,10 @@ from torch import Tensor
 import checkpoint
 import hf
 from command_line import parse, run_script
-from config import UserError, read_config, run_directory
+from config import UserError
 from distributed import pick_device
 from generate import generate
+from logs import read_config, run_directory
 from model import GPT
 from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 

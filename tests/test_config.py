@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_config_that_does_not_fit_is_one_sentence(change, sentence):
 
 
 def test_every_field_has_a_one_line_doc():
-    source = (c.Path(c.__file__)).read_text().splitlines()
+    source = Path(c.__file__).read_text().splitlines()
     for cls in (c.ModelConfig, c.OptimConfig, c.TrainConfig):
         for field in dataclasses.fields(cls):
             line = next(

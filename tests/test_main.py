@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import main
 import recipes
-from config import UserError, read_config
+from config import UserError
+from logs import read_config
 from tests.tiny import ROOT, fields, make_data, script, tiny_config
 
 
@@ -29,7 +30,7 @@ def mistake(*args: object, cwd: Path) -> str:
     assert result.returncode in (1, 2), result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ") and line.endswith(".")
+    assert line.startswith("error: ") and line.endswith((".", "?"))
     return line
 
 

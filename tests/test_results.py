@@ -12,6 +12,7 @@ import pytest
 
 import config
 import figures
+import logs
 import metrics
 import results
 from config import Config, UserError
@@ -116,7 +117,7 @@ def test_a_diverged_run_says_so(tmp_path):
 def test_length_in_epochs_or_tokens(tmp_path):
     path = write_run(tmp_path, updates=None)
     assert metrics.read_run(path).progress == "4 of 18,849"
-    changed = config.replace(config.read_config(path), {"train.epochs": 2.0})
+    changed = config.replace(logs.read_config(path), {"train.epochs": 2.0})
     (path / "config.json").write_text(config.to_json(changed))
     assert metrics.read_run(path).progress == "4 (2 epochs)"
 
