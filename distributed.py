@@ -6,7 +6,9 @@ gloo elsewhere.
 
 import contextlib
 import datetime
+import importlib.util
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,6 +123,24 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def compile_module(module: nn.Module, mode: str, world: World) -> nn.Module:
+    """Return the module compiled if `mode` (auto, on, off) says so and there is a compiler."""
+    if mode == "off" or (mode == "auto" and world.device.type != "cuda"):
+        return module
+    if not _has_compiler(world.device):
+        _say(
+            world, "torch.compile needs Triton (CUDA) or g++ (CPU), not found: going on without it."
+        )
+        return module
+    return torch.compile(module)
+
+
+def _has_compiler(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def distribute(module: nn.Module, world: World) -> nn.Module:

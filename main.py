@@ -111,7 +111,8 @@ def _continue(args: list[str] | None, first: Arguments, run: Path) -> Job:
             f"The run {run} cannot go on with other settings ({'; '.join(changed)}): they make "
             "it what it is. Leave them out, or start another run with --name."
         )
-    find_data(config.data)
+    if config.data != load_fineweb.PYDOCS:
+        find_data(config.data)
     return Job(config, run, resumes=True)
 
 

@@ -9,10 +9,7 @@ As a script, the all-reduce check: torchrun --standalone --nproc_per_node=8 trai
 """
 
 import contextlib
-import importlib.util
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ import logs
 from command_line import run_script
 from config import (
     Config,
+    UserError,
     accumulation_steps,
     flops_per_token,
     identity_digest,
@@ -36,6 +34,7 @@ from distributed import (
     autocast,
     barrier,
     check_all_reduce,
+    compile_module,
     distribute,
     join_world,
     peak_flops,
@@ -113,9 +112,10 @@ def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tup
     state = {"step": 0, "seconds": 0.0}
     if resumed is not None:
         state = checkpoint.verify(resumed)
+        _check_same_run(resumed, state, config, directory)
         checkpoint.load_model(resumed, model)
         checkpoint.load_optimizers(resumed, model, optimizers)
-    compiled = _compile(model, config, world)
+    compiled = compile_module(model, config.train.compile, world)
     start, total = state["step"], config.train.updates
     bar = TrainingBar(
         start,
@@ -146,6 +146,14 @@ def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tup
     return trainer, start
 
 
+def _check_same_run(path: Path, state: dict[str, Any], config: Config, directory: Path) -> None:
+    """Raise UserError if the run's config or data are not those the checkpoint was made with."""
+    if state["config_digest"] != identity_digest(config):
+        raise UserError(f"{path} was made with another config.json; restore that to continue.")
+    if state["data_manifest_sha256"] != manifest_digest(directory):
+        raise UserError(f"{directory} is not the data {path} was trained on; restore that first.")
+
+
 def _peak_speed(config: Config, world: World) -> float | None:
     """Return the tokens per second that would keep all devices at their peak, where it is known."""
     peak = peak_flops(world.device)
@@ -164,24 +172,6 @@ def _facts(trainer: Trainer, directory: Path) -> dict[str, Any]:
         "accumulation": accumulation_steps(config, world.size),
         "data_manifest_sha256": manifest_digest(directory),
     }
-
-
-def _compile(model: GPT, config: Config, world: World) -> nn.Module:
-    """Return the model compiled, if it should and can be."""
-    mode = config.train.compile
-    if mode == "off" or (mode == "auto" and world.device.type != "cuda"):
-        return model
-    if not _has_compiler(world.device):
-        if world.is_main:
-            print("torch.compile needs Triton (CUDA) or g++ (CPU), not found: going on without it.")
-        return model
-    return torch.compile(model)
-
-
-def _has_compiler(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -298,10 +288,13 @@ def validate(trainer: Trainer) -> tuple[float, float | None]:
             with autocast(world.device, trainer.dtype):
                 _, mean = trainer.compiled(inputs.to(world.device), targets.to(world.device))
             text_bytes = token_bytes[scored.numpy()].sum()
-            rows.append(torch.tensor([mean.item() * len(scored), len(scored), text_bytes]))
+            sums = [mean.item() * len(scored), len(scored), text_bytes]
+            rows.append(torch.tensor(sums, dtype=torch.float64))
             bar.update()
     trainer.compiled.train()
-    nats, tokens, text_bytes = sum_over_ranks(torch.stack(rows).sum(0).to(world.device)).tolist()
+    # MPS has no float64, but then there is nobody to add up with.
+    device = world.device if world.size > 1 else "cpu"
+    nats, tokens, text_bytes = sum_over_ranks(torch.stack(rows).sum(0).to(device)).tolist()
     return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
 
 
@@ -322,6 +315,7 @@ def save_checkpoint(trainer: Trainer, step: int) -> None:
         tokenizer = trainer.data.stream.tokenizer
         state = {
             "config_digest": identity_digest(trainer.config),
+            "data_manifest_sha256": manifest_digest(trainer.data.stream.directory),
             "seconds": trainer.seconds,
             "tokenizer": {
                 "name": tokenizer.name,

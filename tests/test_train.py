@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import logs
-from config import replace
+from config import UserError, identity_digest, replace
 from distributed import World
 from fineweb import FineWebEdu, update_windows
 from model import GPT
@@ -94,6 +94,20 @@ def test_resumed_weights_are_bitwise_those_of_a_straight_run(data, tmp_path, opt
     ]
     assert metrics(straight, "val") == metrics(resumed, "val")
     assert (straight / "samples.md").read_text() == (resumed / "samples.md").read_text()
+
+
+def test_a_run_goes_on_only_with_its_own_config_and_data(data, tmp_path):
+    config = tiny_config(data, tmp_path, updates=4)
+    run = run_training(config)
+    newest = checkpoint.newest(run)
+    with pytest.raises(UserError, match=r"another config\.json"):
+        run_training(replace(config, {"optim.lr": 1.0}), newest)
+    other = make_data(tmp_path / "other", documents=50)
+    state = json.loads((newest / "state.json").read_text())
+    digest = identity_digest(replace(config, {"data": str(other)}))
+    (newest / "state.json").write_text(json.dumps({**state, "config_digest": digest}))
+    with pytest.raises(UserError, match="is not the data"):
+        run_training(replace(config, {"data": str(other)}), newest)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
