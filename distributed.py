@@ -66,6 +66,8 @@ def join_world(device_name: str) -> Iterator[World]:
             dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield World(rank, size, device)
+        # Whoever leaves first would cut the others' connections.
+        barrier()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

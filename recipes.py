@@ -41,7 +41,7 @@ class Size:
 EPOCH = 18_849 * 524_288
 
 SIZES = {
-    "nano": Size(4, 4, 128, 256, 2048, 8, 1_024_000, 1e-3, 100, 65_536, 250),
+    "nano": Size(4, 4, 128, 256, 2048, 8, 1_024_000, 5e-4, 100, 65_536, 250),
     "124m": Size(12, 12, 768, 1024, 524_288, 16, EPOCH, 6e-4),
     "350m": Size(24, 16, 1024, 1024, 524_288, 8, EPOCH, 3e-4),
     "774m": Size(36, 20, 1280, 1024, 524_288, 4, EPOCH, 2.5e-4),
@@ -78,7 +78,7 @@ def quickstart(config: Config) -> Config:
             "data": "pydocs",
             "optim.optimizer": "muon",
             # Only embeddings, norms and biases are left to AdamW, and they bear a high rate.
-            "optim.lr": config.optim.lr * 10,
+            "optim.lr": config.optim.lr * 20,
             "optim.schedule": "linear",
             "optim.warmup": 0.05,
             "optim.final_lr": 0.0,
