@@ -43,12 +43,17 @@ def read_config(run: Path) -> Config:
 
 
 def create_run(run: Path, config: Config) -> None:
-    """Make a new run directory with its config.json; raises UserError when it cannot be written."""
+    """Make a new run directory with its config.json; raises UserError when it cannot be written.
+
+    It appears by a rename, so that one without its config never stands in the way of the name.
+    """
+    temporary = run.with_name(f".{run.name}.tmp")
     try:
-        run.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        write_atomically(temporary / "config.json", to_json(config).encode())
+        os.replace(temporary, run)
     except OSError as error:
         raise UserError(f"The run directory {run} cannot be made ({error.strerror}).") from error
-    write_atomically(run / "config.json", to_json(config).encode())
 
 
 def write_environment(run: Path, step: int, facts: dict[str, Any]) -> None:

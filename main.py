@@ -94,7 +94,9 @@ def resolve(args: list[str] | None = None) -> Job:
         raise UserError(f"--name {config.name} is not a plain name; --train.runs-dir says where.")
     run = Path(config.train.runs_dir) / config.name
     if not run.exists():
-        return Job(_complete(config), run, resumes=False)
+        # The embedded corpus may have yet to be made, or finished; `launch` sees to it.
+        known = config if config.data == load_fineweb.PYDOCS else _complete(config)
+        return Job(known, run, resumes=False)
     if first.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         return _continue(args, first, run_directory(str(run)))
     raise UserError(f"The run {run} exists; add --resume {config.name} or choose another --name.")
@@ -133,8 +135,6 @@ def _with_defaults(first: Arguments, base: Config) -> Arguments:
 
 def _complete(config: Config) -> Config:
     """Return the config with what its data decides: vocabulary and number of updates."""
-    if config.data == load_fineweb.PYDOCS and not (DATA_DIR / config.data).exists():
-        return config
     manifest = read_manifest(find_data(config.data))
     config = replace(config, {"model.vocab_size": manifest.vocab_size})
     windows = (manifest.tokens("train") - 1) // config.model.block_size
