@@ -77,7 +77,8 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def all_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint directories of a run, oldest first."""
     found = (run / "checkpoints").glob("step_*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    steps = {path: path.name.removeprefix("step_") for path in found}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
 def newest(run: Path) -> Path | None:
@@ -94,9 +95,17 @@ def newest(run: Path) -> Path | None:
 
 def best(run: Path) -> Path | None:
     """Return the checkpoint with the least validation loss, the earlier of equals, or None."""
-    losses = {path: read_state(path).get("val_loss") for path in all_checkpoints(run)}
+    losses = {path: _val_loss(path) for path in all_checkpoints(run)}
     known = {path: loss for path, loss in losses.items() if loss is not None}
     return min(known, key=known.get) if known else None
+
+
+def _val_loss(path: Path) -> float | None:
+    try:
+        return read_state(path).get("val_loss")
+    except UserError:
+        # An old checkpoint that is damaged is no reason to stop a run.
+        return None
 
 
 def prune(run: Path, keep: int) -> None:

@@ -115,9 +115,13 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Config:
     recipe: str = "gpt2"
+    """What differs from the defaults, by its name in recipes.py."""
     size: str = "124m"
+    """How big, by its name in the size table of recipes.py."""
     data: str = "fineweb-edu"
+    """Directory of token shards, or its name under data/."""
     name: str = ""
+    """Name of the run directory."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -127,14 +131,9 @@ class Config:
 # and what is written down, not what is computed.
 MUTABLE_FIELDS = {
     "name",
-    *(
-        "train.micro_batch",
-        "train.val_interval",
-        "train.checkpoint_interval",
-        "train.keep_checkpoints",
-    ),
-    *("train.log_interval", "train.sample_tokens", "train.compile", "train.dtype", "train.device"),
-    "train.runs_dir",
+    *("train.micro_batch", "train.compile", "train.dtype", "train.device", "train.runs_dir"),
+    *("train.val_interval", "train.checkpoint_interval", "train.log_interval"),
+    *("train.keep_checkpoints", "train.sample_tokens"),
 }
 
 

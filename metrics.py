@@ -50,7 +50,8 @@ class Points:
 
 def newest_run(runs_dir: str) -> Path:
     """Return the run under `runs_dir` that was written last; raises UserError if there is none."""
-    runs = [path.parent for path in Path(runs_dir).glob("*/config.json")]
+    # A hidden one is a run directory whose making was cut short.
+    runs = [path.parent for path in Path(runs_dir).glob("[!.]*/config.json")]
     if not runs:
         raise UserError(f"No run under {runs_dir}/ yet; `python main.py quickstart` makes one.")
     return max(runs, key=_last_written)

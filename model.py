@@ -187,7 +187,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dx[rows] = (dlogits @ weight) * (keep * scale).to(x.dtype)
                 dweight += dlogits.T @ (x[rows] * keep)
         ctx.save_for_backward(dx, dweight, scale)
-        ctx.weight_dtype = weight.dtype
         return total * scale
 
     @staticmethod

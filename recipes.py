@@ -22,7 +22,7 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """One row of the size table; rates and batches follow GPT-3's table 2.1 (Brown et al. 2020)."""
+    """A row of the size table; from 124m up, rates follow GPT-3's table 2.1 (Brown et al. 2020)."""
 
     n_layer: int
     n_head: int
@@ -50,14 +50,14 @@ SIZES = {
 
 
 def gpt2(config: Config) -> Config:
-    """GPT-2 as OpenAI built it, with the settings of the best plain reproduction.
+    """GPT-2 as OpenAI built it, with the settings of the gpt2_124m project.
 
     Peak rate 2e-3 at 124M (3.3 times GPT-3's), warm-up over 750 of 18,850 updates, cosine decay to
     10%, weight decay 0.1, windows in the order of the shards.
 
     Command: `torchrun --standalone --nproc_per_node=8 main.py` (after `python load_fineweb.py`).
-    Cost: 8.5e18 FLOP at 124M; about 1.5 hours on 8 A100s at 60% of their peak.
-    Expected: the gpt2_124m project reports validation loss 3.04 and HellaSwag 31.3% on FineWeb-Edu.
+    Cost: 8.5e18 FLOP at 124M; by that, 1.6 hours on 8 A100s at 60% of their peak.
+    Expected: that project reports validation loss 3.04 and HellaSwag 31.3% on FineWeb-Edu.
     """
     return replace(config, {"optim.lr": config.optim.lr * (2e-3 / 6e-4)})
 

@@ -136,3 +136,15 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
         "step_000005",
     ]
     assert checkpoint.best(tmp_path).name == "step_000002"
+
+
+def test_a_damaged_or_foreign_neighbour_stops_neither_save_nor_prune(tmp_path):
+    model, optimizers = trained()
+    bad = checkpoint.save(tmp_path, 1, model, optimizers, {"val_loss": 0.5})
+    (bad / "state.json").write_text("{")
+    (tmp_path / "checkpoints" / "step_000001.bak").mkdir()
+    for step, loss in ((2, 1.0), (3, 2.0)):
+        checkpoint.save(tmp_path, step, model, optimizers, {"val_loss": loss})
+    checkpoint.prune(tmp_path, keep=1)
+    assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["step_000002", "step_000003"]
+    assert (tmp_path / "checkpoints" / "step_000001.bak").exists()
