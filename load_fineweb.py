@@ -28,7 +28,8 @@ import numpy as np
 
 from chunks import CHUNK_BYTES, Chunk, tokenize
 from config import UserError
-from shards import DATA_DIR, MANIFEST, Manifest, ShardWriter, read_manifest, write_manifest
+from manifests import DATA_DIR, MANIFEST, Manifest, read_manifest, write_manifest
+from shards import ShardWriter
 from sources import PYDOCS as PYDOCS
 from sources import Source, open_source, source_name
 from tokenizer import GPT2Tokenizer, gpt2_tokenizer

@@ -32,7 +32,7 @@ from config import (
     windows_per_update,
 )
 from logs import create_run, read_config, run_directory
-from shards import DATA_DIR, find_data, read_manifest
+from manifests import DATA_DIR, find_data, read_manifest
 
 if TYPE_CHECKING:
     from distributed import World

@@ -43,11 +43,11 @@ from distributed import (
     synchronize,
 )
 from fineweb import FineWebEdu, training_batches, validation_batch_count, validation_batches
+from manifests import find_data, manifest_digest
 from model import GPT, IGNORED
 from optim import build_optimizers, lr_at, schedule, set_rates
 from recipes import PROMPTS
 from sample import continuations
-from shards import find_data, manifest_digest
 from tokenizer import can_encode
 from tqdm_bars import EvaluationBar, TrainingBar
 

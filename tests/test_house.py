@@ -11,8 +11,17 @@ from tests.conftest import ROOT
 
 # From the bottom to the top; a module imports only modules that stand before it.
 ORDER = (
-    *("config", "command_line", "recipes", "files", "tokenizer", "shards", "tqdm_bars", "chunks"),
-    *("sources", "load_fineweb", "logs", "metrics", "figures"),
+    *(
+        "config",
+        "command_line",
+        "recipes",
+        "files",
+        "tokenizer",
+        "manifests",
+        "shards",
+        "tqdm_bars",
+    ),
+    *("chunks", "sources", "load_fineweb", "logs", "metrics", "figures"),
     *("model", "optim", "distributed", "fineweb", "checkpoint", "hf"),
     *("generate", "sample", "train", "results", "main"),
 )

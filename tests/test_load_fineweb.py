@@ -21,7 +21,8 @@ import load_fineweb
 import sources
 from config import UserError
 from load_fineweb import prepare
-from shards import TokenStream, read_manifest
+from manifests import read_manifest
+from shards import TokenStream
 from tests.conftest import ROOT
 from tokenizer import gpt2_tokenizer
 

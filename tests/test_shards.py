@@ -10,16 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from shards import (
+from manifests import (
     MANIFEST,
     Manifest,
-    ShardWriter,
-    TokenStream,
     find_data,
     manifest_digest,
     read_manifest,
     write_manifest,
 )
+from shards import ShardWriter, TokenStream
 from tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdefghij")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, ModelConfig, OptimConfig, TrainConfig
-from shards import Manifest, ShardWriter
+from manifests import Manifest
+from shards import ShardWriter
 from tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
