@@ -1,8 +1,11 @@
-"""Files that are either the old ones or the whole new ones, whatever happens in between."""
+"""Files that are either the old ones or the whole new ones, and records that show damage."""
 
 import contextlib
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from config import UserError
 
@@ -37,3 +40,22 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def seal(record: dict[str, Any]) -> bytes:
+    """Return a record as indented JSON that ends in a digest of the rest of it."""
+    return (json.dumps({**record, "digest": _digest(record)}, indent=1) + "\n").encode()
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """Return the record in what `seal` made; raises ValueError when any of it has changed."""
+    record = json.loads(content)
+    if not isinstance(record, dict) or "digest" not in record:
+        raise ValueError("it is not a sealed record")
+    if record.pop("digest") != _digest(record):
+        raise ValueError("its digest does not fit the rest of it")
+    return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
