@@ -1,17 +1,19 @@
 """Documents in pieces: a source cut into ordered chunks, each read where its tokens are made.
 
     file_chunks(paths) -> RowRange | LineBlock | TextFiles ...     chunk.texts() -> documents
-    tokenize(chunk) -> tokens, hashes
 
 How a source is cut depends on the source alone, so that an interrupted preparation can count on
 finding the same chunks again. A chunk is small enough to be sent to a worker; Parquet files,
 local or remote, are opened only there, row group by row group and for the `text` column alone, so
 that neither memory nor disk fills with text.
+
+Among the documents of a chunk, `Unusable` stands for one that cannot be read, and nothing (None or
+an empty string) for an empty one. A file that is not what its name says is an error instead.
 """
 
 import functools
 import gzip
-import hashlib
+import io
 import itertools
 import json
 import time
@@ -21,15 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from config import UserError
-from tokenizer import gpt2_tokenizer
+from left_out import Unusable
 
 # Bytes of text in a chunk, about: a third of a second of tokenizing.
 CHUNK_BYTES = 8 << 20
 # Rows inside a group are reached by reading it from its start, so a large one is cut into few.
 RANGES_PER_ROW_GROUP = 8
+# Rows that are strings at one time: more cost memory, and many fewer cost time.
+ROWS = 128
 ATTEMPTS = 6
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
 
@@ -53,7 +55,15 @@ def text_bytes(path: str) -> int:
     """Estimate the bytes of text in a file; gzip makes text about three times smaller."""
     if file_kind(path) == ".parquet":
         return sum(size for _, size in _row_groups(path))
-    return Path(path).stat().st_size * (3 if path.endswith(".gz") else 1)
+    return file_size(path) * (3 if path.endswith(".gz") else 1)
+
+
+def file_size(path: str) -> int:
+    """Return the bytes of a file, 0 for one that cannot be reached, as its reader will say."""
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -64,29 +74,58 @@ class RowRange:
     group: int
     start: int
     stop: int
+    size: int
 
-    def texts(self) -> Iterable[str]:
+    def texts(self) -> Iterable[str | Unusable | None]:
         """Read the documents; raises UserError for a file that is damaged or out of reach."""
         if "://" in self.path:
             return _retrying(lambda: list(self._rows()), self.path)
         return self._rows()
 
-    def _rows(self) -> Iterator[str]:
+    def _rows(self) -> Iterator[str | Unusable | None]:
         import pyarrow
 
         position = 0
         try:
-            for batch in _open_parquet(self.path).iter_batches(
-                batch_size=1024, row_groups=[self.group], columns=["text"], use_threads=False
+            file = _open_parquet(self.path)
+            before = sum(file.metadata.row_group(i).num_rows for i in range(self.group))
+            for batch in file.iter_batches(
+                batch_size=ROWS, row_groups=[self.group], columns=["text"], use_threads=False
             ):
                 first, last = max(self.start - position, 0), min(self.stop - position, len(batch))
                 if first < last:
-                    yield from batch.column(0).slice(first, last - first).to_pylist()
+                    column = batch.column(0).slice(first, last - first)
+                    yield from _parquet_texts(column, self.path, before + position + first + 1)
                 position += len(batch)
                 if position >= self.stop:
                     break
         except pyarrow.ArrowException as error:
             raise UserError(f"{self.path} is a damaged Parquet file ({error}).") from error
+        except OSError as error:
+            # A remote file is tried again.
+            if "://" in self.path:
+                raise
+            raise _unreadable(self.path, error) from error
+
+
+def _parquet_texts(column: Any, path: str, first_row: int) -> Iterable[str | Unusable | None]:
+    """Return the texts of a pyarrow column, whose rows are numbered from `first_row` on."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_parquet_text(text, path, row) for row, text in enumerate(column, first_row)]
+
+
+def _parquet_text(text: Any, path: str, row: int) -> str | Unusable | None:
+    try:
+        return text.as_py()
+    except UnicodeDecodeError:
+        return Unusable("not_utf8", path, f" row {row}")
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    # pyarrow's errors have a text but no strerror.
+    return UserError(f"{path} cannot be read ({error.strerror or error}).")
 
 
 @functools.lru_cache(maxsize=2)
@@ -108,6 +147,10 @@ def _open_parquet(path: str) -> Any:
             file = parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a readable Parquet file ({error}).") from error
+    except OSError as error:
+        if "://" in path:
+            raise
+        raise _unreadable(path, error) from error
     names = file.schema_arrow.names
     if "text" not in names:
         raise UserError(f"{path} has no column 'text'; its columns are {', '.join(names)}.")
@@ -136,7 +179,7 @@ def _row_ranges(path: str) -> Iterator[RowRange]:
         ranges = min(max(round(size / CHUNK_BYTES), 1), RANGES_PER_ROW_GROUP, max(rows, 1))
         edges = [rows * i // ranges for i in range(ranges + 1)]
         for start, stop in itertools.pairwise(edges):
-            yield RowRange(path, group, start, stop)
+            yield RowRange(path, group, start, stop, size // ranges)
 
 
 def _retrying(read: Callable[[], Any], path: str) -> Any:
@@ -173,20 +216,29 @@ class LineBlock:
     first_line: int
     block: bytes
 
-    def texts(self) -> Iterator[str]:
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        return len(self.block)
+
+    def texts(self) -> Iterator[str | Unusable | None]:
         """Parse the documents; raises UserError naming the line that is not one."""
-        for number, line in enumerate(self.block.split(b"\n"), start=self.first_line):
+        for number, line in enumerate(io.BytesIO(self.block), start=self.first_line):
             if line.strip():
                 yield self._text(number, line)
 
-    def _text(self, number: int, line: bytes) -> str:
+    def _text(self, number: int, line: bytes) -> str | Unusable | None:
         try:
-            document = json.loads(line)
-        except ValueError as error:
+            document = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            return Unusable("not_utf8", self.path, f" line {number}")
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path}, line {number}, is not JSON ({error}).") from error
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            raise UserError(f'{self.path}, line {number}, is no object with a "text" string.')
-        return document["text"]
+        if isinstance(document, dict) and "text" in document:
+            text = document["text"]
+            if text is None or isinstance(text, str):
+                return text
+        raise UserError(f'{self.path}, line {number}, is no object with a "text" string.')
 
 
 def _line_blocks(path: str) -> Iterator[LineBlock]:
@@ -199,6 +251,8 @@ def _line_blocks(path: str) -> Iterator[LineBlock]:
                 first_line += block.count(b"\n")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is a damaged gzip file ({error}).") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _open_lines(path: str) -> IO[bytes]:
@@ -210,26 +264,32 @@ class TextFiles:
     """Plain text files, each one document."""
 
     paths: tuple[str, ...]
+    size: int
 
-    def texts(self) -> Iterator[str]:
-        """Read the documents; raises UserError naming a file that is not UTF-8."""
-        for path in self.paths:
-            try:
-                yield Path(path).read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text ({error}).") from error
+    def texts(self) -> Iterator[str | Unusable]:
+        """Read the documents."""
+        return map(_file_text, self.paths)
+
+
+def _file_text(path: str) -> str | Unusable:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Unusable("not_utf8", path)
+    except OSError:
+        return Unusable("unreadable", path)
 
 
 def _text_file_batches(paths: Iterable[str]) -> Iterator[TextFiles]:
     batch, size = [], 0
     for path in paths:
         batch.append(path)
-        size += Path(path).stat().st_size
+        size += file_size(path)
         if size >= CHUNK_BYTES:
-            yield TextFiles(tuple(batch))
+            yield TextFiles(tuple(batch), size)
             batch, size = [], 0
     if batch:
-        yield TextFiles(tuple(batch))
+        yield TextFiles(tuple(batch), size)
 
 
 @dataclass(frozen=True)
@@ -238,27 +298,14 @@ class Documents:
 
     documents: tuple[str, ...]
 
+    @property
+    def size(self) -> int:
+        """Characters of text."""
+        return sum(map(len, self.documents))
+
     def texts(self) -> tuple[str, ...]:
         """Return the documents."""
         return self.documents
 
 
 Chunk = RowRange | LineBlock | TextFiles | Documents
-
-
-def tokenize(chunk: Chunk) -> tuple[np.ndarray, list[int]]:
-    """Return a chunk's uint16 tokens, <|endoftext|> before each document, and a hash for each."""
-    tokenizer = gpt2_tokenizer()
-    mark = np.array([tokenizer.eot], dtype=np.uint16)
-    pieces, hashes = [np.empty(0, dtype=np.uint16)], []
-    for text in chunk.texts():
-        # A document without text, or without a value in the text column, is none.
-        if text:
-            pieces += [mark, tokenizer.encode(text)]
-            hashes.append(_hash(text))
-    return np.concatenate(pieces), hashes
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

@@ -86,8 +86,8 @@ class TrainConfig:
     """Tokens in one update over all processes and micro-batches: the global batch."""
     micro_batch: int | None = None
     """Windows in a forward pass of one process; by default what divides, up to the size's limit."""
-    order: Literal["sequential", "shuffle_windows"] = "sequential"
-    """Order of the training windows: as stored, or one global permutation an epoch."""
+    order: Literal["sequential", "shuffle_documents", "shuffle_windows"] = "sequential"
+    """Order of the windows: as stored, or documents or windows permuted anew every epoch."""
     val_interval: int = 250
     """Updates between validations; 0 validates only at the start and the end of the run."""
     val_tokens: int = 10_485_760
@@ -106,6 +106,8 @@ class TrainConfig:
     """Arithmetic of matrix products; auto is bfloat16 where the processor has it, else float32."""
     device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
     """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    timeout: float = 600.0
+    """Seconds a process waits for the others before it takes them for lost and ends."""
     seed: int = 1337
     """Seed of the initial weights, the data order, dropout and the samples."""
     runs_dir: str = "runs"
@@ -133,7 +135,7 @@ MUTABLE_FIELDS = {
     "name",
     *("train.micro_batch", "train.compile", "train.dtype", "train.device", "train.runs_dir"),
     *("train.val_interval", "train.checkpoint_interval", "train.log_interval"),
-    *("train.keep_checkpoints", "train.sample_tokens"),
+    *("train.keep_checkpoints", "train.sample_tokens", "train.timeout"),
 }
 
 
@@ -183,7 +185,7 @@ def from_json(text: str, where: str = "config.json") -> Config:
     """Rebuild a `Config`; raises UserError naming `where` and the first field that does not fit."""
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}).") from error
     config = _build(Config, raw, where, "")
     validate(config)
@@ -248,6 +250,7 @@ def validate(config: Config) -> None:
     )
     for name in ("tokens", "log_interval", "keep_checkpoints", "val_tokens"):
         _require(getattr(train, name) >= 1, f"train.{name} must be at least 1.")
+    _require(0 < train.timeout < math.inf, "train.timeout must be above 0 seconds.")
     for name in ("val_interval", "checkpoint_interval", "sample_tokens"):
         _require(getattr(train, name) >= 0, f"train.{name} must not be negative.")
     windows_per_update(config)

@@ -1,13 +1,20 @@
 """Files that are either the old ones or the whole new ones, and records that show damage."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from config import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
@@ -28,7 +35,8 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path} could not be written ({error.strerror}); nothing else was changed."
+            f"{path} could not be written ({error.strerror}); what was there is unchanged. Make "
+            "room, or name another place, and give the command again."
         ) from error
 
 
@@ -42,6 +50,31 @@ def sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same directory out; raises UserError if one is in.
+
+    The lock is the system's, on the directory itself: it ends with the process, however that ends,
+    and leaves no file.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks, and then there is none to wait for.
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"Another process is writing to {directory}; wait for it to end, or end it."
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def seal(record: dict[str, Any]) -> bytes:
     """Return a record as indented JSON that ends in a digest of the rest of it."""
     return (json.dumps({**record, "digest": _digest(record)}, indent=1) + "\n").encode()
@@ -49,7 +82,10 @@ def seal(record: dict[str, Any]) -> bytes:
 
 def unseal(content: bytes) -> dict[str, Any]:
     """Return the record in what `seal` made; raises ValueError when any of it has changed."""
-    record = json.loads(content)
+    try:
+        record = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(record, dict) or "digest" not in record:
         raise ValueError("it is not a sealed record")
     if record.pop("digest") != _digest(record):

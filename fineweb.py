@@ -1,9 +1,7 @@
 """Shards -> windows -> the batch of an update, for any rank and world size.
 
-Window i of a split is tokens [i*T, i*T + T + 1): T inputs and the T targets one further on. Update
-k of an epoch takes windows order[(k-1)*G : k*G], where G = tokens_per_update / T; ranks and
-micro-batches are slices of those, so the same update reads the same text on one GPU or on
-sixty-four.
+orders.py says which windows an update reads; ranks and micro-batches are slices of those, so the
+same update reads the same text on one GPU or on sixty-four.
 """
 
 import queue
@@ -16,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import Config, UserError, windows_per_update
+from config import Config, UserError
 from distributed import World
+from documents import DocumentOrder
 from model import IGNORED
+from orders import epoch_and_update, update_windows
 from shards import TokenStream
 
 
@@ -29,6 +29,7 @@ class FineWebEdu(Dataset):
         """Open a data directory; raises UserError when it is damaged or holds no whole window."""
         self.stream = TokenStream(directory, split)
         self.block_size = block_size
+        self._documents: DocumentOrder | None = None
         if len(self) < 1:
             raise UserError(
                 f"The {split} split of {directory} has {len(self.stream)} tokens, less than one "
@@ -50,53 +51,11 @@ class FineWebEdu(Dataset):
         starts = np.asarray(indices, dtype=np.int64) * self.block_size
         return torch.from_numpy(self.stream.windows(starts, self.block_size + 1).astype(np.int64))
 
-
-def update_windows(config: Config, step: int, windows: int) -> np.ndarray:
-    """Return the G windows of update `step` (1 is the first), int64, of `windows` in an epoch."""
-    size = windows_per_update(config)
-    epoch, update = divmod(step - 1, windows // size)
-    positions = np.arange(update * size, (update + 1) * size)
-    if config.train.order == "sequential":
-        return positions
-    return permute(positions, windows, config.train.seed, epoch)
-
-
-def permute(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return where `positions` go in a pseudo-random permutation of range(count), int64.
-
-    The permutation is computed, not stored: a Feistel network over pairs (left, right) with
-    left < a, right < b and a * b just above `count` (Black and Rogaway 2002); the few positions
-    that land past the end walk on until they land inside. So any update of ten trillion tokens is
-    found at once, without memory, and alike on every machine and NumPy version.
-    """
-    a = int(np.ceil(np.sqrt(count)))
-    b = -(-count // a)
-    places = np.asarray(positions, dtype=np.uint64)
-    outside = np.ones(len(places), dtype=bool)
-    while outside.any():
-        places[outside] = _feistel(places[outside], a, b, seed, epoch)
-        outside = places >= count
-    return places.astype(np.int64)
-
-
-def _feistel(places: np.ndarray, a: int, b: int, seed: int, epoch: int) -> np.ndarray:
-    left, right = places // np.uint64(b), places % np.uint64(b)
-    key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
-    # Four rounds make a good permutation (Luby and Rackoff 1988); eight leave no doubt.
-    for _ in range(4):
-        key = _mix(key)
-        left = (left + _mix(right ^ key) % np.uint64(a)) % np.uint64(a)
-        key = _mix(key)
-        right = (right + _mix(left ^ key) % np.uint64(b)) % np.uint64(b)
-    return left * np.uint64(b) + right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Scramble uint64 values so that each output bit depends on every input bit (SplitMix64)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    def documents(self, seed: int, quiet: bool = True) -> DocumentOrder:
+        """Return the document order that is drawn from `seed`, opened when first asked for."""
+        if self._documents is None or self._documents.seed != seed:
+            self._documents = DocumentOrder(self.stream, seed, quiet)
+        return self._documents
 
 
 def training_batches(
@@ -122,7 +81,7 @@ def training_batches(
     def read() -> None:
         try:
             for step in range(first, last + 1):
-                windows = data.windows(rank_windows(config, step, len(data), world))
+                windows = read_update(data, config, step, world)
                 put(windows.pin_memory() if pin else windows)
                 if stopped.is_set():
                     return
@@ -141,6 +100,24 @@ def training_batches(
     finally:
         stopped.set()
         reader.join()
+
+
+def read_update(data: FineWebEdu, config: Config, step: int, world: World) -> Tensor:
+    """Return this rank's windows of update `step`, int64 (G / world size, T + 1), on the CPU."""
+    indices, length = rank_windows(config, step, len(data), world), data.block_size
+    if config.train.order == "shuffle_windows":
+        return data.windows(indices)
+    # Neighbours, of which one's last token is the next one's first: one read brings them all.
+    start, count = int(indices[0]) * length, len(indices) * length + 1
+    if config.train.order == "shuffle_documents":
+        epoch, _ = epoch_and_update(config, step, len(data))
+        tokens = data.documents(config.train.seed, quiet=not world.is_main).read(
+            epoch, start, count
+        )
+    else:
+        tokens = data.stream.read(start, count)
+    overlapping = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+    return torch.from_numpy(overlapping.astype(np.int64))
 
 
 def rank_windows(config: Config, step: int, windows: int, world: World) -> np.ndarray:

@@ -10,35 +10,31 @@ the same command is given again, and the files come out byte for byte the same, 
 of workers.
 """
 
-import collections
 import contextlib
 import math
-import multiprocessing
-import os
-import shutil
 import signal
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from chunks import CHUNK_BYTES, Chunk, tokenize
+from chunks import CHUNK_BYTES, Chunk
 from config import UserError
-from manifests import DATA_DIR, MANIFEST, Manifest, read_manifest, write_manifest
-from shards import ShardWriter
+from left_out import LeftOut
+from manifests import DATA_DIR, Manifest
+from preparation import agreed, check_disk, claimed, read_previous, size, token_count, totals
 from sources import PYDOCS as PYDOCS
 from sources import Source, open_source, source_name
 from tokenizer import GPT2Tokenizer, gpt2_tokenizer
 from tqdm_bars import PreparationBar
+from workers import cores, tokenized
+from writer import ShardWriter
 
 SHARD_TOKENS = 100_000_000
 # English text in GPT-2's encoding; only estimates rest on it.
 BYTES_PER_TOKEN = 4.6
-NPY_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class Arguments:
     """Turn documents into token shards."""
 
     source: tuple[str, ...] = ("fineweb-edu",)
-    """fineweb-edu, fineweb, openwebtext, pydocs, or .parquet .jsonl .jsonl.gz .txt files."""
+    """fineweb-edu, fineweb, openwebtext, shakespeare, pydocs, or .parquet .jsonl .jsonl.gz .txt
+    files."""
     out: Path | None = None
     """Directory for the shards; data/<source name> by default."""
     subset: str | None = None
@@ -59,8 +56,16 @@ class Arguments:
     """Tokens in a shard; the last one is shorter."""
     val_tokens: int | None = None
     """Tokens to hold out of a source smaller than one shard; a tenth of it by default."""
+    min_document_tokens: int | None = None
+    """Leave out documents, and rests of cut ones, of fewer tokens; <|endoftext|> counts."""
+    max_document_tokens: int | None = None
+    """Cut longer documents into pieces of at most this many; each one's <|endoftext|> counts."""
     workers: int | None = None
     """Processes that tokenize; every core by default."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unwinds what Ctrl-C unwinds."""
 
 
 def main() -> None:
@@ -68,7 +73,20 @@ def main() -> None:
     # Not at the top, because every worker process imports this module, and none parses options.
     from command_line import parse
 
-    prepare(**vars(parse(Arguments)))
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        prepare(**vars(parse(Arguments)))
+    except KeyboardInterrupt as stop:
+        print(
+            "\ninterrupted; the same command continues after the last complete shard.",
+            file=sys.stderr,
+        )
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise SystemExit(128 + number) from None
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def prepare(
@@ -79,6 +97,8 @@ def prepare(
     max_tokens: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     val_tokens: int | None = None,
+    min_document_tokens: int | None = None,
+    max_document_tokens: int | None = None,
     workers: int | None = None,
     quiet: bool = False,
 ) -> Manifest:
@@ -87,134 +107,68 @@ def prepare(
     The arguments are the fields of `Arguments`. Raises UserError when one makes no sense, the
     source cannot be read, or `out` holds anything but this preparation, interrupted or finished.
     """
-    _check_numbers(max_tokens, shard_tokens, val_tokens, workers)
-    say = print if not quiet else lambda line: None
     words = (source,) if isinstance(source, str) else tuple(source)
+    numbers = (max_tokens, shard_tokens, val_tokens, min_document_tokens, max_document_tokens)
+    asked = Arguments(words, out, subset, revision, *numbers, workers)
+    _check_numbers(asked)
+    say = print if not quiet else lambda line: None
     out = out or DATA_DIR / source_name(words, subset)
-    found = _read_previous(out)
+    found = read_previous(out)
     # The commit that a preparation began with is the one it ends with.
     recorded = found.source.get("revision") if found is not None else None
     documents = open_source(words, subset, revision or recorded)
-    manifest = _new_manifest(documents, max_tokens, shard_tokens, val_tokens)
-    if found is not None:
-        _check_same(out, found, manifest)
-        _check_files(out, found)
-        manifest = found
+    wanted = _new_manifest(documents, asked)
+    manifest = agreed(out, wanted)
     if manifest.complete:
-        say(f"{out} is already complete: {_totals(manifest)}.")
+        say(f"{out} is already complete: {totals(manifest)}.")
         return manifest
     expected = _expected_tokens(documents, max_tokens)
-    _check_disk(out, expected - _tokens(manifest))
-    begun = f", continuing after {_tokens(manifest):,} tokens" if manifest.shards else ""
-    say(f"{' '.join(words)} -> {out}: about {expected:,} tokens, {_size(2 * expected)}{begun}")
-    _begin(out, manifest)
-    writer = ShardWriter(out, manifest, gpt2_tokenizer())
-    # A small source is sooner tokenized here than a second process is started.
-    enough = math.ceil(BYTES_PER_TOKEN * expected / CHUNK_BYTES)
-    with PreparationBar("tokenizing", expected, _tokens(manifest), disable=quiet) as bar:
-        _fill(writer, documents.chunks(), min(workers or cores(), max(enough, 1)), max_tokens, bar)
-    manifest = writer.finish()
-    say(f"{out} is complete: {_totals(manifest)}.")
-    published = documents.published_tokens
-    if published is not None and max_tokens is None and _tokens(manifest) != published:
-        say(f"warning: {published:,} tokens were published for this source.")
+    check_disk(out, expected - token_count(manifest))
+    begun = f", continuing after {token_count(manifest):,} tokens" if manifest.shards else ""
+    say(f"{' '.join(words)} -> {out}: about {expected:,} tokens, {size(2 * expected)}{begun}")
+    with claimed(out, wanted) as manifest:
+        if not manifest.complete:
+            # Some sources are fetched here, which has a bar of its own.
+            chunks = documents.chunks()
+            bar = PreparationBar("tokenizing", expected, token_count(manifest), disable=quiet)
+            manifest = _write_shards(out, manifest, chunks, _processes(workers, expected), bar)
+    for line in _summary(out, manifest, documents.published_tokens):
+        say(line)
     return manifest
 
 
-def _check_numbers(
-    max_tokens: int | None, shard_tokens: int, val_tokens: int | None, workers: int | None
-) -> None:
+def _check_numbers(asked: Arguments) -> None:
     # A document is at least its <|endoftext|> and one token.
     for name, value, least in (
-        ("max-tokens", max_tokens, 2),
-        ("shard-tokens", shard_tokens, 1),
-        ("val-tokens", val_tokens, 1),
-        ("workers", workers, 1),
+        ("max-tokens", asked.max_tokens, 2),
+        ("shard-tokens", asked.shard_tokens, 1),
+        ("val-tokens", asked.val_tokens, 1),
+        ("min-document-tokens", asked.min_document_tokens, 1),
+        ("max-document-tokens", asked.max_document_tokens, 2),
+        ("workers", asked.workers, 1),
     ):
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, not {value}.")
-
-
-# --- The directory ---
-
-
-def _read_previous(out: Path) -> Manifest | None:
-    """Return an earlier preparation's manifest; raises UserError when `out` holds other things."""
-    if (out / MANIFEST).exists():
-        return read_manifest(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out names a directory.")
-    others = [path.name for path in out.glob("*") if not path.name.startswith(".")]
-    if others:
+    shortest, longest = asked.min_document_tokens, asked.max_document_tokens
+    if None not in (shortest, longest) and shortest > longest:
         raise UserError(
-            f"{out} holds other files ({min(others)}) and no {MANIFEST}; name an empty --out."
+            f"--min-document-tokens {shortest} is above --max-document-tokens {longest}, "
+            "which leaves no document."
         )
-    return None
 
 
-def _new_manifest(
-    source: Source, max_tokens: int | None, shard_tokens: int, val_tokens: int | None
-) -> Manifest:
+def _new_manifest(source: Source, asked: Arguments) -> Manifest:
     return Manifest(
         name=source.name,
         tokenizer=GPT2Tokenizer.name,
         alphabet=None,
         vocab_size=GPT2Tokenizer.vocab_size,
-        source={**source.description, "max_tokens": max_tokens},
-        shard_tokens=shard_tokens,
-        val_tokens=val_tokens,
+        source={**source.description, "max_tokens": asked.max_tokens},
+        shard_tokens=asked.shard_tokens,
+        val_tokens=asked.val_tokens,
+        min_document_tokens=asked.min_document_tokens,
+        max_document_tokens=asked.max_document_tokens,
     )
-
-
-def _check_same(out: Path, found: Manifest, wanted: Manifest) -> None:
-    """Raise UserError naming what differs between what `out` holds and what is asked for."""
-    old, new = (
-        {
-            "tokenizer": manifest.tokenizer,
-            "--shard-tokens": manifest.shard_tokens,
-            "--val-tokens": manifest.val_tokens,
-            **{f"source {key}": value for key, value in manifest.source.items()},
-        }
-        for manifest in (found, wanted)
-    )
-    for key in {**old, **new}:
-        if old.get(key) != new.get(key):
-            name = key.replace("source max_tokens", "--max-tokens")
-            raise UserError(
-                f"{out} was prepared with {name} {old.get(key)}, not {new.get(key)}; "
-                "choose another --out, or delete it."
-            )
-
-
-def _check_files(out: Path, manifest: Manifest) -> None:
-    """Raise UserError when a shard that the manifest lists is gone or has another size."""
-    for shard in manifest.shards:
-        path = out / shard.file
-        if not path.is_file() or path.stat().st_size != NPY_HEADER_BYTES + 2 * shard.tokens:
-            raise UserError(f"{path} is missing or damaged; delete {out} and prepare it again.")
-
-
-def _check_disk(out: Path, tokens: int) -> None:
-    """Raise UserError when the disk has no room for so many tokens more."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if 2 * tokens > free:
-        raise UserError(
-            f"{out} needs about {_size(2 * tokens)} more, and its disk has {_size(free)} free; "
-            "make room, choose another --out, or prepare less with --max-tokens."
-        )
-
-
-def _begin(out: Path, manifest: Manifest) -> None:
-    """Make the directory ours: from now on its manifest says whose shards these are."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # A kill in the middle of a write leaves one of these behind.
-        for path in out.glob(".*.tmp"):
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}).") from error
-    write_manifest(out, manifest)
 
 
 def _expected_tokens(source: Source, max_tokens: int | None) -> int:
@@ -222,123 +176,48 @@ def _expected_tokens(source: Source, max_tokens: int | None) -> int:
     return min(known, max_tokens or known)
 
 
-def _tokens(manifest: Manifest) -> int:
-    return sum(shard.tokens for shard in manifest.shards)
+def _processes(workers: int | None, expected: int) -> int:
+    # A small source is sooner tokenized here than a second process is started.
+    enough = math.ceil(BYTES_PER_TOKEN * expected / CHUNK_BYTES)
+    return min(workers or cores(), max(enough, 1))
 
 
-def _totals(manifest: Manifest) -> str:
-    train, val, files = manifest.tokens("train"), manifest.tokens("val"), len(manifest.shards)
-    size = _size(2 * (train + val))
-    return f"{train:,} training and {val:,} validation tokens in {files} shards, {size}"
+def _summary(out: Path, manifest: Manifest, published: int | None) -> Iterable[str]:
+    yield f"{out} is complete: {totals(manifest)}."
+    if manifest.left_out:
+        yield f"left out: {LeftOut(manifest.left_out, manifest.left_out_names)}."
+    chosen = (manifest.source["max_tokens"], manifest.min_document_tokens)
+    all_of_it = {*chosen, manifest.max_document_tokens} == {None}
+    if published is not None and all_of_it and token_count(manifest) != published:
+        yield f"warning: {published:,} tokens were published for this source."
 
 
-def _size(count: int) -> str:
-    """Return a number of bytes in MB or GB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-# --- The tokens ---
-
-
-def _fill(
-    writer: ShardWriter,
-    chunks: Iterable[Chunk],
-    workers: int,
-    max_tokens: int | None,
-    bar: PreparationBar,
-) -> None:
-    """Give the writer the tokens of every chunk that its shards do not hold yet."""
-    shards = writer.manifest.shards
-    first, skipped = shards[-1].reached if shards else (0, 0)
-    total = _tokens(writer.manifest) - skipped
-    ahead = _in_processes if workers > 1 else _in_this_process
-    with contextlib.closing(ahead(chunks, first, workers)) as results:
-        for number, tokens, hashes in results:
-            if max_tokens is not None and total + len(tokens) > max_tokens:
-                tokens = tokens[: max_tokens - total]
+def _write_shards(
+    out: Path, manifest: Manifest, chunks: Iterable[Chunk], workers: int, bar: PreparationBar
+) -> Manifest:
+    """Give a writer the tokens of every chunk that the shards do not hold yet, to the limit."""
+    writer = ShardWriter(out, manifest, gpt2_tokenizer())
+    first, skipped = manifest.shards[-1].reached if manifest.shards else (0, 0)
+    total, limit = token_count(manifest) - skipped, manifest.source["max_tokens"]
+    results = tokenized(
+        chunks,
+        first,
+        workers,
+        manifest.min_document_tokens,
+        manifest.max_document_tokens,
+    )
+    with bar, contextlib.closing(results):
+        for number, (tokens, hashes, left_out) in results:
+            if limit is not None and total + len(tokens) > limit:
+                tokens = tokens[: limit - total]
                 hashes = hashes[: np.count_nonzero(tokens == GPT2Tokenizer.eot)]
-            writer.add(tokens, hashes, number)
+            writer.add(tokens, hashes, number, left_out)
             total += len(tokens)
             bar.update(len(tokens) - skipped)
             skipped = 0
-            if total == max_tokens:
-                return
-
-
-Result = tuple[int, np.ndarray, list[int]]
-
-
-def _in_this_process(chunks: Iterable[Chunk], first: int, workers: int) -> Iterator[Result]:
-    for number, chunk in enumerate(chunks):
-        if number >= first:
-            yield number, *tokenize(chunk)
-
-
-def _in_processes(chunks: Iterable[Chunk], first: int, workers: int) -> Iterator[Result]:
-    """Yield the chunks from number `first` on, tokenized by worker processes, in their order."""
-    others = set(multiprocessing.active_children())
-    pool = _start_pool(workers)
-    waiting = collections.deque()
-    try:
-        for number, chunk in enumerate(chunks):
-            if number < first:
-                continue
-            waiting.append((number, pool.submit(tokenize, chunk)))
-            # Two chunks a worker keep all of them busy, and bound what is held in memory.
-            if len(waiting) > 2 * workers:
-                number, future = waiting.popleft()
-                yield number, *future.result()
-        for number, future in waiting:
-            yield number, *future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "A worker process died, perhaps because memory ran out; run the same command again to "
-            "continue, with fewer --workers if it dies again."
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
-
-
-def _start_pool(workers: int) -> ProcessPoolExecutor:
-    """Start worker processes afresh, since a forked copy of a threaded process may hang."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
-    # Ctrl-C reaches the workers too, even before they can say that it is not for them; they inherit
-    # that from here. A process is started for each call that finds none idle.
-    with _ignoring_interrupts():
-        for _ in range(workers):
-            pool.submit(int)
-    return pool
-
-
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # A worker whose parent was killed would otherwise wait for work for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            if total == limit:
+                break
+    return writer.finish()
 
 
 if __name__ == "__main__":

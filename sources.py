@@ -1,4 +1,5 @@
-"""Where documents come from: the Hugging Face hub, local files, or Python's own documentation.
+"""Where documents come from: the Hugging Face hub, local files, a text on the web, or Python's own
+documentation.
 
     open_source(words, subset, revision) -> Source(name, description, chunks, text_bytes)
 
@@ -6,25 +7,36 @@
 the manifest and tells one source from another; the chunks are read by the workers.
 """
 
-import ast
 import difflib
 import functools
 import glob
 import hashlib
 import json
+import os
 import platform
 import re
-import sysconfig
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chunks import SUFFIXES, Chunk, Documents, file_chunks, file_kind, network_errors, text_bytes
+from chunks import (
+    SUFFIXES,
+    Chunk,
+    Documents,
+    file_chunks,
+    file_kind,
+    file_size,
+    network_errors,
+    text_bytes,
+)
 from config import UserError
+from download import download
+from manifests import DATA_DIR
+from pydocs import pydocs_documents
 
 PYDOCS = "pydocs"
+SHAKESPEARE = "shakespeare"
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,30 @@ HUB = {
 
 
 @dataclass(frozen=True)
+class WebText:
+    address: str
+    size: int
+    # Where nobody publishes one, the record of what was fetched has to do.
+    sha256: str | None = None
+
+
+# Shakespeare: the lines that Karpathy's char-rnn came with, and the complete works.
+TEXTS = {
+    "tiny": WebText(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        1_115_394,
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "large": WebText(
+        "https://gist.githubusercontent.com/blakesanie/dde3a2b7e698f52f389532b4b52bc254/raw/"
+        "76fe1b5e9efcf0d2afdfd78b0bfaa737ad0a67d3/shakespeare.txt",
+        5_458_199,
+    ),
+}
+TEXT_FILES = tuple(f"{name}.txt" for name in TEXTS)
+
+
+@dataclass(frozen=True)
 class Source:
     """Documents to tokenize; `text_bytes` estimates their length, `description` identifies them."""
 
@@ -53,15 +89,18 @@ class Source:
     published_tokens: int | None = None
 
 
+NAMED = (*HUB, SHAKESPEARE, PYDOCS)
+
+
 def source_name(words: tuple[str, ...], subset: str | None) -> str:
     """Return the name a source's directory and shards get; raises UserError for a mixture."""
     if words and words[0] in HUB and subset not in (None, HUB[words[0]].subset):
         return f"{words[0]}-{subset}"
-    if len(words) > 1 and (named := [word for word in words if word in (*HUB, PYDOCS)]):
+    if len(words) > 1 and (named := [word for word in words if word in NAMED]):
         raise UserError(f"--source takes one named source or several files; '{named[0]}' is named.")
     if not words:
         raise UserError("--source needs a name or at least one file.")
-    if words[0] in (*HUB, PYDOCS):
+    if words[0] in NAMED:
         return words[0]
     path = Path(words[0])
     name = path.parent.resolve().name if glob.has_magic(words[0]) else path.resolve().name
@@ -77,6 +116,8 @@ def open_source(words: tuple[str, ...], subset: str | None, revision: str | None
         return _hub_source(name, HUB[words[0]], subset or HUB[words[0]].subset, revision)
     if subset is not None or revision is not None:
         raise UserError("--subset and --revision go with the hub sources only: " + ", ".join(HUB))
+    if words[0] == SHAKESPEARE:
+        return _shakespeare_source()
     return _pydocs_source() if words[0] == PYDOCS else _file_source(name, words)
 
 
@@ -143,7 +184,10 @@ def reach_hub() -> None:
 
 
 def _file_source(name: str, words: tuple[str, ...]) -> Source:
-    files = [file for word in words for file in _matching(word)]
+    try:
+        files = [file for word in words for file in _matching(word)]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
     paths, names = [str(file) for file in files], [file.name for file in files]
     # A directory of many small texts is told by its digest; a manifest need not list them all.
     description = {"kind": "files", "files": names[:100], "count": len(files)}
@@ -159,9 +203,7 @@ def _matching(word: str) -> list[Path]:
     """Return the files that a path, a directory or a pattern names, sorted."""
     path = Path(word)
     if path.is_dir():
-        inside = sorted(path.rglob("*"))
-        hidden = [any(part.startswith(".") for part in p.relative_to(path).parts) for p in inside]
-        found = [p for p, h in zip(inside, hidden, strict=True) if not h and file_kind(p)]
+        found = _inside(path)
     elif path.exists():
         found = [path]
     else:
@@ -169,9 +211,24 @@ def _matching(word: str) -> list[Path]:
     if not found:
         raise UserError(_not_found(word, path))
     for file in found:
-        if not file_kind(file):
+        if not file_kind(file) or file.is_dir():
             raise UserError(f"{file} cannot be read; these can: {', '.join(SUFFIXES)}.")
     return found
+
+
+def _inside(directory: Path) -> list[Path]:
+    """Return the files in a directory and those below it, sorted; hidden ones are left alone."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
+
+    found = []
+    for place, folders, names in os.walk(directory, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(place, name) for name in names if file_kind(name) and not name.startswith(".")
+        ]
+    return sorted(found)
 
 
 def _not_found(word: str, path: Path) -> str:
@@ -179,9 +236,8 @@ def _not_found(word: str, path: Path) -> str:
         return f"The directory {word} holds no {', '.join(SUFFIXES)} files."
     if glob.has_magic(word) or path.suffix or len(path.parts) > 1:
         return f"There is no file {word}."
-    sources = (*HUB, PYDOCS)
-    near = difflib.get_close_matches(word, sources, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"the named sources are {', '.join(sources)}."
+    near = difflib.get_close_matches(word, NAMED, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"the named sources are {', '.join(NAMED)}."
     return f"There is no source and no file '{word}'; {hint}"
 
 
@@ -192,13 +248,50 @@ def _files_digest(files: list[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(f"{path.name}\0{size}\0".encode())
-            for start in (0, max(size - 2**20, 0)):
-                file.seek(start)
-                digest.update(file.read(2**20))
+        digest.update(f"{path.name}\0".encode())
+        try:
+            digest.update(_ends(path))
+        except OSError as error:
+            # A text that cannot be read is left out; any other file is needed.
+            if file_kind(path) != ".txt":
+                raise UserError(f"{path} cannot be read ({error.strerror}).") from error
     return digest.hexdigest()
+
+
+def _ends(path: Path) -> bytes:
+    """Return a file's size and its first and last mebibyte."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        ends = f"{size}\0".encode()
+        for start in (0, max(size - 2**20, 0)):
+            file.seek(start)
+            ends += file.read(2**20)
+    return ends
+
+
+# --- Texts on the web ---
+
+
+def fetch_text(name: str) -> Path:
+    """Return the file of a text in `TEXTS`, fetched unless it is there; raises UserError."""
+    text = TEXTS[name]
+    return download(text.address, _text_file(name), text.sha256, text.size)
+
+
+def _text_file(name: str) -> Path:
+    return DATA_DIR / SHAKESPEARE / f"{name}.txt"
+
+
+def _shakespeare_source() -> Source:
+    path, known = _text_file("tiny"), TEXTS["tiny"]
+    # The digest being known, a finished directory is recognized without the text.
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else known.sha256
+    return Source(
+        SHAKESPEARE,
+        {"kind": SHAKESPEARE, "digest": digest},
+        chunks=lambda: file_chunks([str(fetch_text("tiny"))]),
+        text_bytes=lambda: file_size(str(path)) or known.size,
+    )
 
 
 # --- Python's own documentation ---
@@ -214,51 +307,3 @@ def _pydocs_source() -> Source:
     }
     chunks = [Documents(tuple(documents))]
     return Source(PYDOCS, description, lambda: chunks, lambda: len(text))
-
-
-def pydocs_documents() -> list[str]:
-    """Return the English prose of this Python: its help topics, then its modules' docstrings.
-
-    Each topic is a document, and so is each docstring, in the order of the sources; a docstring
-    that occurs again is left out.
-    """
-    from pydoc_data.topics import topics
-
-    prose = [topics[name].strip() for name in sorted(topics)]
-    return prose + [text for docstrings in _module_docstrings() for text in docstrings]
-
-
-def _module_docstrings() -> Iterator[list[str]]:
-    """Yield each standard module's docstrings, without those seen before, in a fixed order."""
-    library = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()
-    for path in sorted(p.relative_to(library).as_posix() for p in library.rglob("*.py")):
-        if _SKIPPED.search(path):
-            continue
-        docstrings = list(dict.fromkeys(_docstrings((library / path).read_bytes())))
-        yield [text for text in docstrings if text not in seen]
-        seen.update(docstrings)
-
-
-# Tests and the like, other people's packages, and what differs between builds of the same version.
-_SKIPPED = re.compile(
-    r"(^|/)(tests?|idlelib|idle_test|lib2to3|site-packages|dist-packages|config-[^/]*)/"
-    r"|(^|/)(_sysconfigdata[^/]*|sitecustomize|usercustomize)\.py$"
-)
-
-
-def _docstrings(source: bytes) -> list[str]:
-    """Return the cleaned docstrings of a module, in the order they are written; never runs it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = [ast.get_docstring(node) for node in _documented(ast.parse(source))]
-    return [text.strip() for text in found if text]
-
-
-def _documented(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield a module and the classes and functions in it, passing over expressions."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        yield node
-    for part in ("body", "handlers", "orelse", "finalbody", "cases"):
-        for child in getattr(node, part, []):
-            yield from _documented(child)

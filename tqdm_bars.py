@@ -31,6 +31,26 @@ class PreparationBar(tqdm):
         )
 
 
+class DownloadBar(tqdm):
+    """Bytes fetched of a file, whose size may be unknown (None); seen only if it takes a while."""
+
+    def __init__(self, description: str, total: int | None, disable: bool = False):
+        super().__init__(
+            desc=description,
+            total=total,
+            disable=disable,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            dynamic_ncols=True,
+            delay=0.5,
+        )
+
+    def place(self, done: int, total: int | None) -> None:
+        """Count on from `done` bytes of `total`, as when a download starts or starts over."""
+        self.n, self.last_print_n, self.total = done, done, total
+
+
 class EvaluationBar(tqdm):
     """Examples or windows scored; disappears when done."""
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import pickle
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -15,14 +18,18 @@ from manifests import (
     Manifest,
     find_data,
     manifest_digest,
+    npy_header,
     read_manifest,
     write_manifest,
 )
-from shards import ShardWriter, TokenStream
+from shards import TokenStream
 from tokenizer import CharTokenizer
+from verify import verify_data
+from writer import ShardWriter
 
 TOKENIZER = CharTokenizer("abcdefghij")
 EOT = TOKENIZER.eot
+LLMC_HEADER = np.array([20240520, 1, 3, *[0] * 253], dtype="<i4").tobytes()
 
 
 def new_manifest(**changes) -> Manifest:
@@ -156,18 +163,22 @@ def stream(tmp_path_factory):
 
 
 @settings(deadline=None)
-@given(data=st.data())
-def test_reading_equals_slicing_the_concatenation(stream, data):
-    files = sorted(stream.directory.glob("*_train_*.npy"))
-    everything = np.concatenate([np.load(file) for file in files])
-    assert len(stream) == len(everything) == 45
-    count = data.draw(st.integers(0, 45))
-    start = data.draw(st.integers(0, 45 - count))
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6), data=st.data())
+def test_reading_equals_slicing_the_concatenation(tmp_path_factory, lengths, data):
+    directory = tmp_path_factory.mktemp("cuts")
+    everything = np.random.default_rng(0).integers(0, 50257, sum(lengths)).astype(np.uint16)
+    cuts = np.split(everything, np.cumsum(lengths)[:-1])
+    for number, part in enumerate(cuts):
+        np.save(directory / f"x_train_{number}.npy", part)
+    stream, total = TokenStream(directory, "train"), len(everything)
+    assert len(stream) == total
+    count = data.draw(st.integers(0, total))
+    start = data.draw(st.integers(0, total - count))
     assert np.array_equal(stream.read(start, count), everything[start : start + count])
-    starts = data.draw(st.lists(st.integers(0, 45 - count), max_size=5))
+    starts = data.draw(st.lists(st.integers(0, total - count), max_size=5))
     expected = [everything[s : s + count] for s in starts]
     windows = stream.windows(np.array(starts, dtype=np.int64), count)
-    assert windows.shape == (len(starts), count)
+    assert windows.shape == (len(starts), count) and windows.dtype == np.uint16
     assert windows.tolist() == [row.tolist() for row in expected]
 
 
@@ -195,6 +206,21 @@ def test_a_stream_brings_its_tokenizer(stream):
 def directory(tmp_path):
     write(tmp_path, [[document(34)]])
     return tmp_path
+
+
+def without_digests(directory) -> None:
+    """Make the manifest one that knows no digests, as older ones know none of samples."""
+    manifest = read_manifest(directory)
+    shards = tuple(
+        dataclasses.replace(shard, sha256=None, sampled_sha256=None) for shard in manifest.shards
+    )
+    write_manifest(directory, dataclasses.replace(manifest, shards=shards))
+
+
+def verification_refuses(directory) -> str:
+    with pytest.raises(UserError) as caught:
+        verify_data(directory, quiet=True)
+    return str(caught.value)
 
 
 def refuses(directory, split="train") -> str:
@@ -237,8 +263,13 @@ def test_a_token_past_the_vocabulary(directory):
     tokens = np.load(directory / "tiny_train_000001.npy")
     tokens[3] = 11
     np.save(directory / "tiny_train_000001.npy", tokens)
-    with pytest.raises(UserError, match="token 11, past its vocabulary of 11"):
-        TokenStream(directory, "train").windows(np.array([0]), 10)
+    without_digests(directory)
+    stream = TokenStream(directory, "train")
+    for read in (lambda: stream.windows(np.array([0]), 10), lambda: stream.read(0, 4)):
+        with pytest.raises(UserError, match="token 11, past its vocabulary of 11"):
+            read()
+    assert stream.windows(np.array([4, 5]), 4).shape == (2, 4)
+    assert "holds token 11, past its vocabulary" in verification_refuses(directory)
 
 
 def test_an_unfinished_directory_and_a_missing_split(directory):
@@ -253,12 +284,311 @@ def test_an_unfinished_directory_and_a_missing_split(directory):
 def test_a_damaged_manifest_is_named(directory, text):
     (directory / MANIFEST).write_text(text)
     assert MANIFEST in refuses(directory)
+    (directory / MANIFEST).write_text("[" * 100_000)
+    assert MANIFEST in refuses(directory)
+
+
+def unsealed(directory, **changes) -> dict:
+    """Return the manifest as an older version would have written it, with `changes`."""
+    raw = json.loads((directory / MANIFEST).read_text())
+    raw.pop("digest", None)
+    return {**raw, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 12},
+        {"vocab_size": 11.0},
+        {"alphabet": "abc"},
+        {"tokenizer": "gpt2"},
+        {"tokenizer": None},
+        {"tokenizer": "other", "vocab_size": 70000},
+        {"shard_tokens": True},
+        {"val_tokens": "3"},
+        {"source": []},
+        {"name": 3},
+        {"complete": 1},
+        {"shards": {}},
+        {"unheard_of": 1},
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_named(directory, changes):
+    (directory / MANIFEST).write_text(json.dumps(unsealed(directory)))
+    TokenStream(directory, "train")
+    (directory / MANIFEST).write_text(json.dumps(unsealed(directory, **changes)))
+    assert re.fullmatch(rf".*/{MANIFEST} is damaged \([^\n]*\); prepare [^\n]*", refuses(directory))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"file": name} for name in ("../x.npy", "/etc/passwd", "..", "", "a\\b", "C:x", "a\0b")),
+        *({"file": "tiny_train_000002.npy"}, {"file": 3}, {"split": "test"}, {"tokens": -1}),
+        *({"tokens": "10"}, {"tokens": 10.0}, {"tokens": None}, {"sha256": 1}, {"reached": 5}),
+        *({"reached": [1]}, {"reached": "ab"}),
+        *({"sampled_sha256": []}, {"more": 1}),
+    ],
+)
+def test_a_shard_entry_that_makes_no_sense_is_named(directory, changes):
+    raw = unsealed(directory)
+    raw["shards"][1].update(changes)
+    (directory / MANIFEST).write_text(json.dumps(raw))
+    assert f"{MANIFEST} is damaged" in refuses(directory)
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sealed")
+    write(directory, [[document(14)]])
+    return directory, (directory / MANIFEST).read_bytes()
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_no_changed_byte_of_a_manifest_goes_unnoticed(sealed, data):
+    directory, content = sealed
+    (directory / MANIFEST).write_bytes(content)
+    meaning = read_manifest(directory)
+    place = data.draw(st.integers(0, len(content) - 1))
+    changed = bytearray(content)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    changed = changed if data.draw(st.booleans()) else content[:place]
+    (directory / MANIFEST).write_bytes(changed)
+    try:
+        assert read_manifest(directory) == meaning
+    except UserError as error:
+        assert MANIFEST in str(error)
 
 
 def test_a_later_format_is_named(directory):
     raw = json.loads((directory / MANIFEST).read_text())
     (directory / MANIFEST).write_text(json.dumps({**raw, "format": 2}))
     assert "has format 2" in refuses(directory)
+
+
+FIRST = "tiny_train_000001.npy"
+# Bytes of a shard of ten tokens, whose header takes 128.
+PLACES = {
+    "magic": 1,
+    "version": 6,
+    "header length": 8,
+    "descr": 22,
+    "order": 45,
+    "shape": 61,
+    "padding": 100,
+    "end of header": 127,
+    "first token": 128,
+    "middle token": 139,
+    "last token": 147,
+}
+
+
+def flip(path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_a_flipped_byte_is_found_when_the_data_is_opened(directory, place):
+    flip(directory / FIRST, place)
+    assert FIRST in refuses(directory)
+    assert FIRST in verification_refuses(directory)
+    # The other split is not concerned.
+    assert len(TokenStream(directory, "val")) == 10
+
+
+@pytest.mark.parametrize("place", list(PLACES.values())[:-3], ids=list(PLACES)[:-3])
+def test_a_flipped_byte_of_the_header_is_found_without_digests(directory, place):
+    without_digests(directory)
+    flip(directory / FIRST, place)
+    assert FIRST in refuses(directory)
+
+
+def test_a_flipped_byte_between_the_sampled_blocks_is_found_by_verification(tmp_path):
+    manifest = write(tmp_path, [[document(1_599_999, n) for n in range(2)]], shard_tokens=1_600_000)
+    assert "2 shards with 3,200,000 tokens" in verify_data(tmp_path, quiet=True)
+    path = tmp_path / manifest.shards[1].file
+    # The first block is 64 KiB long, and the second begins at a fifteenth of the file.
+    flip(path, 100_000)
+    TokenStream(tmp_path, "train")
+    assert f"{path} is damaged: its sha256" in verification_refuses(tmp_path)
+    flip(path, 100_000)
+    for place in (0, 65_535, path.stat().st_size // 2, path.stat().st_size - 1):
+        if place == path.stat().st_size // 2:
+            # The eighth block, of which fifteen parts of 16 lie before and after.
+            place = 7 * (path.stat().st_size - 65_536) // 15
+        flip(path, place)
+        assert path.name in refuses(tmp_path)
+        flip(path, place)
+    TokenStream(tmp_path, "train")
+
+
+def test_two_shards_that_changed_places(tmp_path):
+    write(tmp_path, [[document(14, n) for n in range(2)]])
+    a, b = tmp_path / "tiny_train_000001.npy", tmp_path / "tiny_train_000002.npy"
+    assert a.stat().st_size == b.stat().st_size
+    contents = a.read_bytes(), b.read_bytes()
+    a.write_bytes(contents[1]), b.write_bytes(contents[0])
+    assert "tiny_train_000001.npy is not what was prepared" in refuses(tmp_path)
+    assert "tiny_train_000001.npy" in verification_refuses(tmp_path)
+
+
+def test_an_extended_shard_is_named(directory):
+    path = directory / FIRST
+    path.write_bytes(path.read_bytes() + b"\0\0")
+    assert f"{FIRST} is padded" in refuses(directory)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_directory_or_a_pipe_in_place_of_a_shard(directory):
+    (directory / FIRST).unlink()
+    os.mkfifo(directory / FIRST)
+    assert FIRST in refuses(directory)
+    (directory / FIRST).unlink()
+    (directory / FIRST).mkdir()
+    assert FIRST in refuses(directory)
+    assert FIRST in verification_refuses(directory)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_is_never_loaded(directory, tmp_path):
+    trap = tmp_path / "trap"
+    np.save(directory / FIRST, np.array([Bomb(trap)], dtype=object), allow_pickle=True)
+    assert FIRST in refuses(directory) and FIRST in verification_refuses(directory)
+    (directory / MANIFEST).unlink()
+    assert FIRST in refuses(directory)
+    assert not trap.exists()
+    np.load(directory / FIRST, allow_pickle=True)
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_order_of_two_dimensions_is_named(directory, order):
+    np.save(directory / FIRST, np.zeros((2, 5), dtype="<u2", order=order))
+    assert f"2-D <u2{', Fortran order' if order == 'F' else ''}, not 1-D" in refuses(directory)
+
+
+def test_version_two_of_the_format_is_named(directory):
+    with open(directory / FIRST, "wb") as file:
+        np.lib.format.write_array(file, np.zeros(10, dtype="<u2"), version=(2, 0))
+    assert ".npy version 2.0" in refuses(directory)
+
+
+@settings(deadline=None)
+@given(
+    suffix=st.sampled_from([".npy", ".bin"]),
+    start=st.sampled_from([b"", b"\x93NUMPY\x01\x00", npy_header(3), bytes(20), LLMC_HEADER]),
+    rest=st.binary(max_size=200),
+)
+def test_arbitrary_bytes_are_a_shard_or_a_mistake(tmp_path_factory, suffix, start, rest):
+    directory = tmp_path_factory.mktemp("bytes")
+    (directory / f"x_train_1{suffix}").write_bytes(start + rest)
+    try:
+        stream = TokenStream(directory, "train")
+        assert len(stream.read(0, len(stream))) == len(stream)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_verification_reads_both_splits_and_foreign_data(directory):
+    sentence = verify_data(directory, quiet=True)
+    assert sentence == (
+        f"{directory} is intact: 4 shards with 35 tokens, all below 11; the digests of 4 are right."
+    )
+    val = directory / "tiny_val_000000.npy"
+    kept = val.read_bytes()
+    flip(val, 130)
+    assert val.name in verification_refuses(directory)
+    val.write_bytes(kept)
+    (directory / MANIFEST).unlink()
+    # Ids of characters are ids of the GPT-2 vocabulary as well.
+    assert "their digests are unknown" in verify_data(directory, quiet=True)
+    val.write_bytes(npy_header(2) + b"\0\0\xff\xff")
+    assert f"{val.name} holds token 65535" in verification_refuses(directory)
+
+
+def test_verification_names_the_first_damaged_shard(tmp_path):
+    write(tmp_path, [[document(99)]])
+    for number in (7, 3, 8):
+        flip(tmp_path / f"tiny_train_{number:06d}.npy", 140)
+    assert "tiny_train_000003.npy" in verification_refuses(tmp_path)
+
+
+def test_a_shard_that_shrinks_or_goes_while_in_use(tmp_path):
+    write(tmp_path, [[document(34)]])
+    stream = TokenStream(tmp_path, "train")
+    os.truncate(tmp_path / FIRST, 140)
+    assert len(stream.read(0, 6)) == 6
+    with pytest.raises(UserError, match=f"{FIRST} was truncated while in use"):
+        stream.read(0, 10)
+    (tmp_path / "tiny_train_000002.npy").unlink()
+    with pytest.raises(UserError, match=r"tiny_train_000002.npy cannot be read \(No such file"):
+        stream.read(10, 3)
+
+
+def test_an_error_of_the_disk_is_a_sentence(stream, monkeypatch):
+    def fails(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.preadv", fails)
+    with pytest.raises(UserError, match=r"\.npy cannot be read \(Input/output error\)"):
+        stream.read(0, 3)
+
+
+def test_reading_without_preadv(stream, monkeypatch):
+    expected = stream.read(0, 45)
+    monkeypatch.delattr("os.preadv")
+    again = pickle.loads(pickle.dumps(stream))
+    assert np.array_equal(again.read(0, 45), expected)
+
+
+def test_short_reads_are_continued(stream, monkeypatch):
+    expected, whole = stream.read(0, 45), os.preadv
+    monkeypatch.setattr("os.preadv", lambda fd, buffers, at: whole(fd, [buffers[0][:3]], at))
+    assert np.array_equal(stream.read(0, 45), expected)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+def test_many_files_threads_and_a_fork_share_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr("shards.OPEN_FILES", 3)
+    write(tmp_path, [[document(299, n)] for n in range(2)])
+    stream = TokenStream(tmp_path, "train")
+    expected = stream.read(0, len(stream))
+    before, wrong = len(os.listdir("/proc/self/fd")), []
+
+    def read(seed: int) -> None:
+        starts = np.random.default_rng(seed).integers(0, len(stream) - 15, 400)
+        found = stream.windows(starts, 15)
+        if not np.array_equal(found, np.stack([expected[s : s + 15] for s in starts])):
+            wrong.append(seed)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    child = os.fork()
+    if child == 0:
+        read(9)
+        os._exit(len(wrong))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    stream.close()
+    assert len(os.listdir("/proc/self/fd")) <= before - 3
+    read(5)
+    assert not wrong
 
 
 def test_an_empty_directory_and_no_directory(tmp_path):
@@ -286,9 +616,20 @@ def test_llmc_bin_files_are_read_as_they_are(tmp_path):
     tokens = np.arange(9, dtype="<u2")
     (tmp_path / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
     assert TokenStream(tmp_path, "train").read(0, 9).tolist() == list(range(9))
-    header[0] = 1
-    (tmp_path / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    assert "fineweb_train_000001.bin" in refuses(tmp_path)
+    for changes, words in (
+        ({0: 1}, "no llm.c header"),
+        ({1: 2}, "no llm.c header"),
+        ({0: 20240801, 1: 7}, "another tokenizer"),
+        ({2: -1}, "announces -1 tokens"),
+        ({2: 8}, "is padded"),
+        ({2: 10}, "is truncated"),
+    ):
+        other = header.copy()
+        other[list(changes)] = list(changes.values())
+        (tmp_path / "fineweb_train_000001.bin").write_bytes(other.tobytes() + tokens.tobytes())
+        assert "fineweb_train_000001.bin" in refuses(tmp_path) and words in refuses(tmp_path)
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(header.tobytes()[:-1])
+    assert "header is cut off" in refuses(tmp_path)
 
 
 def test_a_write_that_fails_leaves_what_was_there(directory, monkeypatch):

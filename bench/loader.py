@@ -1,0 +1,209 @@
+"""How fast windows of ten billion tokens are read, how soon, and in how much memory.
+
+    python -m bench.loader [--updates N] [--repeats N] [--tokens N] [--shard-tokens N]
+
+The shards have the published sizes of FineWeb-Edu's sample, but are sparse where nothing is read,
+so they need little disk. For each order, and in a fresh process each time: milliseconds from
+opening the data to the first batch, without the imports; the process's peak memory beyond the
+imports, after reading all updates through the background thread; and tokens a second, reading them
+again, now from the page cache. The reference is the ordinary loop: memory maps, one window after
+the other, and for both shuffles a stored permutation of all windows.
+"""
+
+import bisect
+import contextlib
+import itertools
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.record import report
+from config import Config, replace
+from distributed import World
+from documents import index_path, write_index
+from fineweb import FineWebEdu, read_update, training_batches
+from manifests import Manifest, Shard, npy_header, sampled_digest, write_manifest
+from orders import permute, subseed
+from shards import TokenStream
+from tokenizer import GPT2Tokenizer
+
+LENGTH, WINDOWS = 1024, 512
+ORDERS = ("sequential", "shuffle_documents", "shuffle_windows")
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure the reader of token shards."""
+
+    tokens: int = 9_982_590_278
+    """Tokens in all shards, the first one of which is for validation."""
+    shard_tokens: int = 100_000_000
+    """Tokens in a shard."""
+    updates: int = 600
+    """Updates of 512 windows of 1,024 that are read."""
+    repeats: int = 3
+    """Measurements of each, taken in turn; their medians are compared."""
+    directory: Path | None = None
+    """Where the shards are made, and deleted again; the system's temporary directory by default."""
+
+
+def main() -> None:
+    """Print one JSON line for each order and figure."""
+    arguments = parse(Arguments)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        make_data(Path(directory), arguments)
+        for order in ORDERS:
+            ours, plain = [], []
+            for _ in range(arguments.repeats):
+                ours.append(in_fresh_process(measure, directory, order, arguments.updates))
+                plain.append(in_fresh_process(measure_plainly, directory, order, arguments.updates))
+            for i, (figure, unit) in enumerate(
+                (("first batch", "ms"), ("memory", "MB"), ("reading", "tokens/s"))
+            ):
+                values, references = [row[i] for row in ours], [row[i] for row in plain]
+                report(f"loader, {order}, {figure}", unit, values, references)
+
+
+Figures = tuple[float, float, float]
+
+
+def in_fresh_process(
+    function: Callable[[str, str, int], Figures], directory: str, order: str, updates: int
+) -> Figures:
+    """Return what `function` measures in a process that has done nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, directory, order, updates).result()
+
+
+def measure(directory: str, order: str, updates: int) -> Figures:
+    """Return ms to the first batch, MB of memory and tokens/s of this project's reader."""
+    config, world = replace(Config(), {"train.order": order}), World(0, 1, torch.device("cpu"))
+    before, start = reset_peak(), time.perf_counter()
+    data = FineWebEdu(directory, "train", LENGTH)
+    updates = min(updates, len(data) // WINDOWS)
+    with contextlib.closing(training_batches(data, config, world, 1, updates)) as batches:
+        next(batches)
+        first = time.perf_counter() - start
+        for _ in batches:
+            pass
+    memory, start = peak() - before, time.perf_counter()
+    for step in range(1, updates + 1):
+        read_update(data, config, step, world)
+    seconds = time.perf_counter() - start
+    return 1e3 * first, memory / 1e6, updates * WINDOWS * LENGTH / seconds
+
+
+def measure_plainly(directory: str, order: str, updates: int) -> Figures:
+    """Return the same figures of the ordinary loop."""
+    before, start = reset_peak(), time.perf_counter()
+    maps = [np.load(file, mmap_mode="r") for file in sorted(Path(directory).glob("*_train_0*.npy"))]
+    ends = list(itertools.accumulate(len(tokens) for tokens in maps))
+    order_of = np.arange((ends[-1] - 1) // LENGTH)
+    if order != "sequential":
+        order_of = np.random.default_rng(0).permutation(order_of)
+    updates = min(updates, len(order_of) // WINDOWS)
+
+    def window(index: int) -> np.ndarray:
+        begin = index * LENGTH
+        shard = bisect.bisect_right(ends, begin)
+        begin -= ends[shard - 1] if shard else 0
+        tokens = maps[shard][begin : begin + LENGTH + 1]
+        if len(tokens) <= LENGTH:
+            tokens = np.concatenate([tokens, maps[shard + 1][: LENGTH + 1 - len(tokens)]])
+        return tokens
+
+    def batch(update: int) -> torch.Tensor:
+        indices = order_of[update * WINDOWS : (update + 1) * WINDOWS].tolist()
+        return torch.from_numpy(np.stack([window(i) for i in indices]).astype(np.int64))
+
+    batch(0)
+    first = time.perf_counter() - start
+    for update in range(1, updates):
+        batch(update)
+    memory, start = peak() - before, time.perf_counter()
+    for update in range(updates):
+        batch(update)
+    seconds = time.perf_counter() - start
+    return 1e3 * first, memory / 1e6, updates * WINDOWS * LENGTH / seconds
+
+
+def reset_peak() -> int:
+    """Begin to measure the peak anew, where the system can; returns the memory in use, bytes."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak() -> int:
+    """Return the most memory this process has had resident, bytes."""
+    return status("VmHWM")
+
+
+def status(field: str) -> int:
+    """Return a figure of the process's memory, bytes; 0 where the system tells none."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return 1024 * int(found[0]) if found else 0
+
+
+def make_data(directory: Path, arguments: Arguments) -> None:
+    """Make the shards, their sealed manifest and the document index of the training split."""
+    full, rest = divmod(arguments.tokens, arguments.shard_tokens)
+    sizes = [arguments.shard_tokens] * full + [rest] * (rest > 0)
+    count, seed = len(sizes) - 1, Config().train.seed
+    wanted = -(-arguments.updates * WINDOWS * LENGTH // arguments.shard_tokens) + 1
+    # Those that the document order reads first have tokens and documents; the rest are holes.
+    written = permute(np.arange(count), count, subseed(seed, 0), 0)[:wanted] + 1
+    shards, places, begin = [], [], 0
+    for number, size in enumerate(sizes):
+        split = "train" if number else "val"
+        path = directory / f"bench_{split}_{number:06d}.npy"
+        begins = write_shard(path, size, number, hole=number not in written)
+        shards.append(Shard(path.name, split, size, sampled_sha256=sampled_digest(path)))
+        if split == "train":
+            places.append(begin + begins)
+            begin += size
+    manifest = Manifest(
+        name="bench",
+        tokenizer=GPT2Tokenizer.name,
+        alphabet=None,
+        vocab_size=GPT2Tokenizer.vocab_size,
+        source={"kind": "benchmark"},
+        shard_tokens=arguments.shard_tokens,
+        shards=tuple(shards),
+        complete=True,
+    )
+    write_manifest(directory, manifest)
+    write_index(index_path(TokenStream(directory, "train")), [*places, np.array([begin])])
+
+
+def write_shard(path: Path, size: int, seed: int, hole: bool) -> np.ndarray:
+    """Write a shard, or only its header and size; returns where its documents would begin."""
+    rng = np.random.default_rng(seed)
+    # About one document in a thousand tokens.
+    places = np.cumsum(np.concatenate([[0], rng.integers(1, 2000, size // 900 + 2)]))
+    places = places[places < size]
+    with open(path, "wb") as file:
+        file.write(npy_header(size))
+        if not hole:
+            tokens = rng.integers(0, GPT2Tokenizer.eot, size, dtype=np.uint16)
+            tokens[places] = GPT2Tokenizer.eot
+            tokens.tofile(file)
+        file.truncate(128 + 2 * size)
+    return places
+
+
+if __name__ == "__main__":
+    # Not at the top: spawned processes import this module again, and have no command line.
+    from command_line import parse, run_script
+
+    run_script(main)
