@@ -3,13 +3,13 @@
     runs/NAME/checkpoints/step_000250/  model.safetensors  optimizer.safetensors  state.json
 
 A checkpoint is written beside its place and appears by one rename, so one that is present is
-complete; `state.json` holds the sha256 of its siblings, so one that was damaged later is noticed.
+complete; `state.json` holds the sha256 of its siblings and a digest of itself, so one that was
+damaged later is noticed.
 Tensors are stored under the raw model's parameter names and without vocabulary padding. Nothing is
 pickled.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import UserError
-from files import sync_directory
+from files import seal, sync_directory, unseal
 from model import GPT
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -46,20 +46,22 @@ def save(
     final = checkpoint_path(run, step)
     temporary = final.with_name(f".{final.name}.tmp")
     try:
-        _remove_leftovers(final.parent)
+        remove_leftovers(run)
         temporary.mkdir(parents=True)
         save_file(_weights(model), temporary / WEIGHTS)
         save_file(_optimizer_tensors(model, optimizers), temporary / OPTIMIZER)
         digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
         record = {"format": FORMAT, "step": step, **state, "sha256": digests}
-        (temporary / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (temporary / STATE).write_bytes(seal(record))
         for name in (WEIGHTS, OPTIMIZER, STATE):
             _sync_file(temporary / name)
         sync_directory(temporary)
-        # A checkpoint of this step can only be one that was found damaged.
-        shutil.rmtree(final, ignore_errors=True)
+        # One of this step was found damaged, or was left by a signal without a validation.
+        if final.exists():
+            os.replace(final, final.with_name(f".{final.name}.old.tmp"))
         os.replace(temporary, final)
         sync_directory(final.parent)
+        remove_leftovers(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -81,15 +83,31 @@ def all_checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
+class OtherVersionError(UserError):
+    """A checkpoint that is intact, but not for this version to read."""
+
+
 def newest(run: Path) -> Path | None:
-    """Return the newest checkpoint that is intact, or None; each damaged one is named in a line."""
-    for path in reversed(all_checkpoints(run)):
+    """Return the newest checkpoint that is intact, or None when a run has none yet.
+
+    Each damaged one is named in a line. Raises UserError when there are some and none is intact, or
+    when the newest that is belongs to another version: beginning again is for a person to decide.
+    """
+    paths = all_checkpoints(run)
+    for path in reversed(paths):
         try:
             verify(path)
+        except OtherVersionError:
+            raise
         except UserError as error:
-            print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
+            print(f"skipping a damaged checkpoint: {error}", file=sys.stderr, flush=True)
         else:
             return path
+    if paths:
+        raise UserError(
+            f"None of the {len(paths)} checkpoints of {run} is intact; to train it again from the "
+            f"start, delete {run / 'checkpoints'}."
+        )
     return None
 
 
@@ -122,18 +140,24 @@ def prune(run: Path, keep: int) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json; raises UserError if it is damaged or of another version."""
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        found = state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / STATE} cannot be read ({error}).") from error
-    if found != FORMAT:
-        raise UserError(f"{path} has checkpoint format {found}; this version reads {FORMAT}.")
+        state = unseal((path / STATE).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path / STATE} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path / STATE} is damaged ({error}).") from error
+    if state.get("format") != FORMAT:
+        raise OtherVersionError(
+            f"{path} has checkpoint format {state.get('format')}, and this version reads {FORMAT}; "
+            "continue it with the version that wrote it."
+        )
     return state
 
 
 def verify(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state after comparing digests; raises UserError naming a bad file."""
     state = read_state(path)
+    if path.name != f"step_{state['step']:06d}":
+        raise UserError(f"{path} holds the checkpoint of step {state['step']}; rename it back.")
     for name in (WEIGHTS, OPTIMIZER):
         _verify_file(path, name, state)
     return state
@@ -150,8 +174,7 @@ def _verify_file(path: Path, name: str, state: dict[str, Any]) -> None:
 
 def load_model(path: Path, model: GPT) -> None:
     """Read a checkpoint's weights into `model`; raises UserError if damaged or misshapen."""
-    _verify_file(path, WEIGHTS, read_state(path))
-    stored = _read_tensors(path / WEIGHTS)
+    stored = _read_tensors(path, WEIGHTS)
     expected = dict(model.named_parameters())
     shapes = {name: tuple(_unpad(name, tensor, model).shape) for name, tensor in expected.items()}
     wrong = [n for n, shape in shapes.items() if n not in stored or stored[n].shape != shape]
@@ -166,8 +189,8 @@ def load_model(path: Path, model: GPT) -> None:
 
 
 def load_optimizers(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Read the optimizers' state; raises UserError if it is not that of these optimizers."""
-    stored = _read_tensors(path / OPTIMIZER)
+    """Read the optimizers' state; raises UserError if damaged or not that of these optimizers."""
+    stored = _read_tensors(path, OPTIMIZER)
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -220,12 +243,13 @@ def _pad(stored: Tensor, like: Tensor) -> Tensor:
     return torch.cat([stored, stored.new_zeros(missing, *stored.shape[1:])]) if missing else stored
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    _verify_file(path, name, read_state(path))
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path / name, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
+        raise UserError(f"{path / name} cannot be read ({error}).") from error
 
 
 def _sha256(path: Path) -> str:
@@ -238,7 +262,7 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _remove_leftovers(directory: Path) -> None:
+def remove_leftovers(run: Path) -> None:
     """Delete what an interrupted save or prune left behind."""
-    for path in directory.glob(".step_*.tmp"):
+    for path in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)

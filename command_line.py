@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import re
@@ -17,6 +18,11 @@ import tyro
 from config import UserError
 
 T = TypeVar("T")
+
+# What the surroundings of a program can do to it anywhere: full or read-only disks, missing rights.
+SURROUNDINGS = {
+    getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO")
+}
 
 
 def parse(schema: type[T], args: Sequence[str] | None = None, default: T | None = None) -> T:
@@ -86,10 +92,16 @@ def run_script(main: Callable[[], None]) -> None:
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
     except BrokenPipeError:
         # Whoever read our output (head, less) has seen enough; a flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            raise
+        place = error.filename or "A file or the standard output"
+        print(f"error: {place} cannot be used ({error.strerror}).", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -35,8 +35,10 @@ PEAK_TFLOPS = {
     "3090": 71,
 }
 
-# How long a collective waits for a rank before it gives up.
-TIMEOUT = datetime.timedelta(minutes=30)
+LOST = (
+    "Another process of this run died, or did not answer for {seconds:g} s, so this one ends too "
+    "({reason}); the newest checkpoint is where --resume continues."
+)
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,40 @@ class World:
 
 
 @contextlib.contextmanager
-def join_world(device_name: str) -> Iterator[World]:
-    """Join the processes torchrun started (or be alone), and leave them cleanly at the end."""
+def join_world(device_name: str, timeout: float = 600.0) -> Iterator[World]:
+    """Join the processes torchrun started (or be alone), and leave them cleanly at the end.
+
+    Raises UserError when another one dies, or keeps the others waiting for `timeout` seconds. (NCCL
+    says so itself, and ends the process.)
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = pick_device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", _local_rank())
         torch.cuda.set_device(device)
     if size > 1:
+        wait = datetime.timedelta(seconds=timeout)
         if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+            dist.init_process_group("nccl", timeout=wait, device_id=device)
         else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+            dist.init_process_group("gloo", timeout=wait)
     try:
         yield World(rank, size, device)
         # Whoever leaves first would cut the others' connections.
         barrier()
+    except RuntimeError as error:
+        if size == 1 or not _is_lost_peer(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(LOST.format(seconds=timeout, reason=reason)) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Say whether a collective failed; gloo tells so by nothing but its name in the message."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _local_rank() -> int:
@@ -159,6 +176,29 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_main(number: int, world: World) -> int:
+    """Return the main process's `number` on every process."""
+    if not dist.is_initialized():
+        return number
+    tensor = torch.tensor(number, device=world.device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor)
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """Return every process's tensor, all of one shape, stacked by rank: (world size, ...)."""
+    if not dist.is_initialized():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+def any_over_ranks(flag: bool, world: World) -> bool:
+    """Say whether `flag` is true on any process."""
+    return sum_over_ranks(torch.tensor(float(flag), device=world.device)).item() > 0
 
 
 def barrier() -> None:

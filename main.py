@@ -5,6 +5,7 @@ python main.py [RECIPE] [--size SIZE] [--data DIR_OR_NAME] [--name RUN] [--group
 --nproc_per_node=8 main.py ...
 """
 
+import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass, field
@@ -31,8 +32,12 @@ from config import (
     validate,
     windows_per_update,
 )
+from documents import build_index
+from files import locked
 from logs import create_run, read_config, run_directory
 from manifests import DATA_DIR, find_data, read_manifest
+from shards import TokenStream
+from verify import verify_data
 
 if TYPE_CHECKING:
     from distributed import World
@@ -54,6 +59,8 @@ class Arguments:
     """Continue this run from its config.json and newest intact checkpoint."""
     auto_resume: bool = False
     """Continue the named run if it exists, start it otherwise (implied when torchrun restarts)."""
+    verify: bool = False
+    """Read all shards and compare their checksums first, not only their sizes and samples."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -66,6 +73,7 @@ class Job:
     config: Config
     run: Path
     resumes: bool
+    verifies: bool = False
 
 
 def main() -> None:
@@ -74,7 +82,7 @@ def main() -> None:
     # torch takes seconds to import; a typing mistake should not have to wait for it.
     from distributed import join_world
 
-    with join_world(job.config.train.device) as world:
+    with join_world(job.config.train.device, job.config.train.timeout) as world:
         launch(job, world)
 
 
@@ -96,7 +104,7 @@ def resolve(args: list[str] | None = None) -> Job:
     if not run.exists():
         # The embedded corpus may have yet to be made, or finished; `launch` sees to it.
         known = config if config.data == load_fineweb.PYDOCS else _complete(config)
-        return Job(known, run, resumes=False)
+        return Job(known, run, resumes=False, verifies=first.verify)
     if first.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         return _continue(args, first, run_directory(str(run)))
     raise UserError(f"The run {run} exists; add --resume {config.name} or choose another --name.")
@@ -115,7 +123,7 @@ def _continue(args: list[str] | None, first: Arguments, run: Path) -> Job:
         )
     if config.data != load_fineweb.PYDOCS:
         find_data(config.data)
-    return Job(config, run, resumes=True)
+    return Job(config, run, resumes=True, verifies=first.verify)
 
 
 def _override(args: list[str] | None, first: Arguments, base: Config) -> Config:
@@ -143,15 +151,13 @@ def _complete(config: Config) -> Config:
 
 def launch(job: Job, world: "World") -> None:
     """Train the job on this process, together with the others of `world`."""
-    import checkpoint
     from distributed import barrier
     from train import train
 
     config, run = job.config, job.run
     accumulation_steps(recipes.fit_micro_batch(config, world.size), world.size)
-    if config.data == load_fineweb.PYDOCS and world.is_main:
-        # The embedded corpus needs no download, so it is made when first asked for.
-        load_fineweb.prepare(load_fineweb.PYDOCS, DATA_DIR / config.data, quiet=True)
+    if world.is_main:
+        _prepare_data(job)
     barrier()
     if not job.resumes:
         config = _complete(config)
@@ -160,17 +166,42 @@ def launch(job: Job, world: "World") -> None:
     barrier()
     # How an update is divided belongs to this start, not to the run: config.json does not fix it.
     config = recipes.fit_micro_batch(config, world.size)
-    found = checkpoint.newest(run) if job.resumes else None
-    if world.is_main:
-        print(summary(config, run, world), flush=True)
-    try:
-        train(config, run, world, found)
-    except KeyboardInterrupt:
+    # Only one process writes to a run, so only one needs to see that no other program does.
+    with locked(run) if world.is_main else contextlib.nullcontext():
+        found = _newest_checkpoint(run, world) if job.resumes else None
         if world.is_main:
-            print(f"\ninterrupted; continue with: {resume_command(config)}", flush=True)
-        raise SystemExit(130) from None
-    if world.is_main:
-        conclude(config, run)
+            print(summary(config, run, world), flush=True)
+        step = train(config, run, world, found)
+        if world.is_main and step == config.train.updates:
+            conclude(config, run)
+        elif world.is_main:
+            print(f"stopped after update {step}; continue with: {resume_command(config)}")
+
+
+def _prepare_data(job: Job) -> None:
+    """Make, check and index the data, as far as the job asks for it, on one process."""
+    config = job.config
+    if config.data == load_fineweb.PYDOCS:
+        # The embedded corpus needs no download, so it is made when first asked for.
+        load_fineweb.prepare(load_fineweb.PYDOCS, DATA_DIR / config.data, quiet=True)
+    directory = find_data(config.data)
+    for split in ("train", "val"):
+        # Damage shows here, before there is a run directory.
+        TokenStream(directory, split)
+    if job.verifies:
+        print(verify_data(directory), flush=True)
+    if config.train.order == "shuffle_documents":
+        build_index(directory, "train")
+
+
+def _newest_checkpoint(run: Path, world: "World") -> Path | None:
+    """Return the newest intact checkpoint, as the main process finds it."""
+    import checkpoint
+    from distributed import from_main
+
+    found = checkpoint.newest(run) if world.is_main else None
+    step = from_main(int(found.name.removeprefix("step_")) if found else -1, world)
+    return checkpoint.checkpoint_path(run, step) if step >= 0 else None
 
 
 def resume_command(config: Config) -> str:

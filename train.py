@@ -9,10 +9,10 @@ As a script, the all-reduce check: torchrun --standalone --nproc_per_node=8 trai
 """
 
 import contextlib
+import itertools
+import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,169 +21,90 @@ from torch import Tensor, nn
 import checkpoint
 import logs
 from command_line import run_script
-from config import (
-    Config,
-    UserError,
-    accumulation_steps,
-    flops_per_token,
-    identity_digest,
-    windows_per_update,
-)
+from config import Config, UserError, identity_digest, windows_per_update
 from distributed import (
     World,
+    any_over_ranks,
     autocast,
     barrier,
     check_all_reduce,
-    compile_module,
-    distribute,
+    gather_over_ranks,
     join_world,
-    peak_flops,
-    pick_dtype,
     sum_over_ranks,
     synchronize,
 )
-from fineweb import FineWebEdu, training_batches, validation_batch_count, validation_batches
-from manifests import find_data, manifest_digest
-from model import GPT, IGNORED
-from optim import build_optimizers, lr_at, schedule, set_rates
+from files import write_atomically
+from fineweb import training_batches, validation_batch_count, validation_batches
+from manifests import manifest_digest
+from model import IGNORED
+from optim import lr_at, schedule, set_rates
+from orders import update_windows
 from recipes import PROMPTS
 from sample import continuations
+from signals import stop_requests
 from tokenizer import can_encode
-from tqdm_bars import EvaluationBar, TrainingBar
+from tqdm_bars import EvaluationBar
+from trainer import Trainer, begin
 
 
-@dataclass
-class Trainer:
-    """What one process holds while it trains.
+def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> int:
+    """Train until update config.train.updates, from scratch or from checkpoint `resumed`.
 
-    `compiled` is `model` behind torch.compile, where that is on; `parallel` is that behind DDP,
-    where there are other processes. All three share their parameters.
+    Returns the step reached, which is less when a signal asked for it: then a checkpoint has been
+    written there. Raises UserError, before the weights are touched, when numbers are not finite.
     """
-
-    config: Config
-    run: Path
-    world: World
-    data: FineWebEdu
-    val_data: FineWebEdu
-    model: GPT
-    compiled: nn.Module
-    parallel: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    dtype: torch.dtype
-    total: int
-    bar: TrainingBar
-    # Training seconds before this process started, and the last losses, for state.json.
-    earlier_seconds: float = 0.0
-    losses: dict[str, Any] | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training in the whole run so far, without validation and the like."""
-        return self.earlier_seconds + self.bar.seconds
+    with stop_requests(quiet=not world.is_main) as asked:
+        trainer, start = begin(config, run, world, resumed, asked)
+        # A checkpoint has been measured at its step, unless a signal left no time for that.
+        measured = resumed is not None and trainer.losses["val_loss"] is not None
+        bar, total = trainer.bar, trainer.total
+        batches = training_batches(trainer.data, config, world, start + 1, total)
+        with contextlib.closing(batches), contextlib.closing(bar):
+            bar.start()
+            for step in range(start, total + 1):
+                if not trainer.stopping and (step > start or not measured):
+                    measure(trainer, step)
+                if trainer.stopping and step > start:
+                    save_unmeasured(trainer, step)
+                if trainer.stopping or step == total:
+                    break
+                loss, norm = update(trainer, next(batches), step + 1)
+                record_update(trainer, step + 1, loss, norm)
+    return step
 
 
-def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> None:
-    """Train until update config.train.updates, from scratch or from checkpoint `resumed`."""
-    trainer, start = _begin(config, run, world, resumed)
-    bar, total = trainer.bar, trainer.total
-    batches = training_batches(trainer.data, config, world, start + 1, total)
-    with contextlib.closing(batches), contextlib.closing(bar):
-        bar.start()
-        for step in range(start, total + 1):
-            # A resumed run has been measured at its first step already.
-            if step > start or resumed is None:
-                measure(trainer, step)
-            if step == total:
-                break
-            loss, norm = update(trainer, next(batches), step + 1)
-            record_update(trainer, step + 1, loss, norm)
-
-
-def _begin(config: Config, run: Path, world: World, resumed: Path | None) -> tuple[Trainer, int]:
-    """Build the model, optimizers and data of a run, and load them from `resumed` if given."""
-    dtype = pick_dtype(config.train.dtype, world.device)
-    torch.set_float32_matmul_precision("high" if config.train.dtype == "tf32" else "highest")
-    directory = find_data(config.data)
-    block_size = config.model.block_size
-    # Weights are drawn on the CPU, so that a seed means the same on every device.
-    torch.manual_seed(config.train.seed)
-    model = GPT(config.model).to(world.device)
-    optimizers = build_optimizers(model, config.optim, dtype)
-    state = {"step": 0, "seconds": 0.0}
-    if resumed is not None:
-        state = checkpoint.verify(resumed)
-        _check_same_run(resumed, state, config, directory)
-        checkpoint.load_model(resumed, model)
-        checkpoint.load_optimizers(resumed, model, optimizers)
-    compiled = compile_module(model, config.train.compile, world)
-    start, total = state["step"], config.train.updates
-    bar = TrainingBar(
-        start,
-        total,
-        config.train.tokens_per_update,
-        _peak_speed(config, world),
-        disable=not world.is_main,
-    )
-    trainer = Trainer(
-        config,
-        run,
-        world,
-        FineWebEdu(directory, "train", block_size),
-        FineWebEdu(directory, "val", block_size),
-        model,
-        compiled,
-        distribute(compiled, world),
-        optimizers,
-        dtype,
-        total,
-        bar,
-        earlier_seconds=state["seconds"],
-        losses={name: state.get(name) for name in ("train_loss", "val_loss", "bits_per_byte")},
-    )
-    if world.is_main:
-        logs.rewind(run, start if resumed is not None else -1)
-        logs.write_environment(run, start, _facts(trainer, directory))
-    return trainer, start
-
-
-def _check_same_run(path: Path, state: dict[str, Any], config: Config, directory: Path) -> None:
-    """Raise UserError if the run's config or data are not those the checkpoint was made with."""
-    if state["config_digest"] != identity_digest(config):
-        raise UserError(f"{path} was made with another config.json; restore that to continue.")
-    if state["data_manifest_sha256"] != manifest_digest(directory):
-        raise UserError(f"{directory} is not the data {path} was trained on; restore that first.")
-
-
-def _peak_speed(config: Config, world: World) -> float | None:
-    """Return the tokens per second that would keep all devices at their peak, where it is known."""
-    peak = peak_flops(world.device)
-    return peak * world.size / flops_per_token(config.model) if peak else None
-
-
-def _facts(trainer: Trainer, directory: Path) -> dict[str, Any]:
-    world, config = trainer.world, trainer.config
-    on_gpu = world.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(world.device) if on_gpu else world.device.type,
-        "dtype": str(trainer.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "world_size": world.size,
-        "micro_batch": config.train.micro_batch,
-        "accumulation": accumulation_steps(config, world.size),
-        "data_manifest_sha256": manifest_digest(directory),
-    }
-
-
-def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[float, float]:
     """Make update `step` from this rank's windows (G / world size, T + 1).
 
-    Returns this rank's mean loss in nats a token and the norm of the global gradient, on the
-    device.
+    Returns the mean loss over all ranks in nats a token and the norm of the global gradient. Raises
+    UserError when either is not finite, with the weights as they were.
+    """
+    config, world = trainer.config, trainer.world
+    set_rates(trainer.optimizers, schedule(step, trainer.total, config.optim), config.optim)
+    losses = accumulate_gradients(trainer, windows, step)
+    clip = config.optim.grad_clip or math.inf
+    grad_norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), clip)
+    # One message and one wait for the device tell all: the loss, and whether anyone is to stop.
+    facts = torch.stack([losses.mean(), losses.new_tensor(trainer.asked.is_set()), grad_norm])
+    sum_over_ranks(facts[:2])
+    total, asked, norm = facts.tolist()
+    loss, trainer.stopping = total / world.size, asked > 0
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(_not_finite(trainer, step, losses, loss, norm))
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss, norm
+
+
+def accumulate_gradients(trainer: Trainer, windows: Tensor, step: int) -> Tensor:
+    """Add up the gradients of update `step`, averaged over all ranks' windows.
+
+    Returns the mean loss of each of this rank's micro-batches, on the device.
     """
     config, forward, world = trainer.config, trainer.parallel, trainer.world
-    set_rates(trainer.optimizers, schedule(step, trainer.total, config.optim), config.optim)
     micro_batches = windows.split(config.train.micro_batch)
-    loss = torch.zeros((), device=world.device)
+    losses = []
     for i, batch in enumerate(micro_batches):
         _seed_dropout(config, step, world.rank * len(windows) + i * config.train.micro_batch)
         # Gradients are averaged over ranks only with the last micro-batch; DDP decides that in the
@@ -193,15 +114,30 @@ def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[Tensor, Tensor
             with autocast(world.device, trainer.dtype):
                 _, mean = forward(batch[:, :-1], batch[:, 1:])
             # All micro-batches have as many tokens, so this adds up to the mean over all of them.
-            share = mean / len(micro_batches)
-            share.backward()
-        loss += share.detach()
-    clip = config.optim.grad_clip or math.inf
-    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), clip)
-    for optimizer in trainer.optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss, norm
+            (mean / len(micro_batches)).backward()
+        losses.append(mean.detach())
+    return torch.stack(losses)
+
+
+def _not_finite(trainer: Trainer, step: int, losses: Tensor, loss: float, norm: float) -> str:
+    """Write non_finite.json and return the sentence that says what was found, and where."""
+    windows = update_windows(trainer.config, step, len(trainer.data))
+    by_micro_batch = windows.reshape(-1, trainer.config.train.micro_batch)
+    bad = ~torch.isfinite(gather_over_ranks(losses)).flatten().cpu().numpy()
+    suspects = by_micro_batch[bad].flatten().tolist() or windows.tolist()
+    found = {"step": step, "loss": str(loss), "grad_norm": str(norm)}
+    found |= {"suspects": suspects, "windows": windows.tolist()}
+    path = trainer.run / "non_finite.json"
+    if trainer.world.is_main:
+        write_atomically(path, (json.dumps(found) + "\n").encode())
+    shown = ", ".join(map(str, suspects[:8]))
+    more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
+    return (
+        f"Update {step} has a loss of {loss:g} and a gradient norm of {norm:g}, and has not "
+        f"touched the weights; it comes from windows {shown}{more} ({path} lists them). The "
+        "checkpoints are good: --resume continues, perhaps with --train.dtype float32, or start "
+        "again with a lower --optim.lr."
+    )
 
 
 def _seed_dropout(config: Config, step: int, window: int) -> None:
@@ -211,23 +147,22 @@ def _seed_dropout(config: Config, step: int, window: int) -> None:
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
 
-def record_update(trainer: Trainer, step: int, loss: Tensor, norm: Tensor) -> None:
+def record_update(trainer: Trainer, step: int, loss: float, norm: float) -> None:
     """Advance the bar and, at the log interval, write the train line of update `step`."""
-    config, world, bar = trainer.config, trainer.world, trainer.bar
+    config, bar = trainer.config, trainer.bar
     if step % config.train.log_interval and step != trainer.total:
         bar.update()
         return
-    mean_loss = (sum_over_ranks(loss) / world.size).item()
-    bar.update(mean_loss)
-    trainer.losses["train_loss"] = mean_loss
-    if world.is_main:
+    bar.update(loss)
+    trainer.losses["train_loss"] = loss
+    if trainer.world.is_main:
         line = {
             "kind": "train",
             "step": step,
             "tokens": step * config.train.tokens_per_update,
-            "loss": mean_loss,
+            "loss": loss,
             "lr": lr_at(step, trainer.total, config.optim),
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "tokens_per_second": bar.tokens_per_second,
             "mfu": bar.mfu,
             "seconds": trainer.seconds,
@@ -236,7 +171,10 @@ def record_update(trainer: Trainer, step: int, loss: Tensor, norm: Tensor) -> No
 
 
 def measure(trainer: Trainer, step: int) -> None:
-    """Do what is due after `step` updates: validate, sample, save a checkpoint."""
+    """Do what is due after `step` updates: validate, sample, save a checkpoint.
+
+    A request to stop leaves it undone, for when the run is resumed.
+    """
     train = trainer.config.train
     epoch = len(trainer.data) // windows_per_update(trainer.config)
     saves = step > 0 and (_every(train.checkpoint_interval, step) or step % epoch == 0)
@@ -246,6 +184,8 @@ def measure(trainer: Trainer, step: int) -> None:
     synchronize(trainer.world.device)
     with trainer.bar.paused():
         record_validation(trainer, step)
+        if trainer.stopping:
+            return
         if (saves or step == 0) and trainer.world.is_main:
             write_samples(trainer, step)
         if saves and step > 0:
@@ -257,11 +197,22 @@ def _every(interval: int, step: int) -> bool:
 
 
 def record_validation(trainer: Trainer, step: int) -> None:
-    """Validate, write the val line and print it above the bar."""
-    loss, bits_per_byte = validate(trainer)
+    """Validate, write the val line and print it above the bar; raises UserError for nan or inf."""
+    sums = validate(trainer)
+    if trainer.stopping:
+        return
+    nats, tokens, text_bytes = sums
+    loss = nats / tokens
+    if not math.isfinite(loss):
+        raise UserError(
+            f"After update {step} the validation loss is {loss:g}: the weights have diverged, so "
+            "no checkpoint is made of them. The ones before are good; start again with a lower "
+            "--optim.lr."
+        )
+    bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else None
     trainer.losses |= {"val_loss": loss, "bits_per_byte": bits_per_byte}
-    tokens = step * trainer.config.train.tokens_per_update
-    line = {"kind": "val", "step": step, "tokens": tokens, "loss": loss}
+    line = {"kind": "val", "step": step}
+    line |= {"tokens": step * trainer.config.train.tokens_per_update, "loss": loss}
     if bits_per_byte is not None:
         line["bits_per_byte"] = bits_per_byte
     per_byte = f", {bits_per_byte:.3f} bits a byte" if bits_per_byte is not None else ""
@@ -271,31 +222,41 @@ def record_validation(trainer: Trainer, step: int) -> None:
 
 
 @torch.no_grad()
-def validate(trainer: Trainer) -> tuple[float, float | None]:
-    """Return the mean loss in nats a token over the validation tokens, and bits per byte of text.
+def validate(trainer: Trainer) -> tuple[float, float, float]:
+    """Return the nats, the tokens and the bytes of text of the validation tokens, over all ranks.
 
     Every validation of every run reads the same tokens; ranks share them and their sums are added.
+    A request to stop cuts it short and sets `stopping`.
     """
     config, world, data = trainer.config, trainer.world, trainer.val_data
     token_bytes = data.stream.tokenizer.token_bytes()
-    # One row a batch: nats, tokens, bytes of text.
-    rows = [torch.zeros(3, dtype=torch.float64)]
+    sums = torch.zeros(3, dtype=torch.float64)
     trainer.compiled.eval()
-    count = validation_batch_count(data, config, world)
+    batches = validation_batches(data, config, world)
+    # The first process has as many batches as any; the others go round with it, to agree.
+    count = validation_batch_count(data, config, World(0, world.size, world.device))
     with EvaluationBar("validating", count, "batch", disable=not world.is_main) as bar:
-        for inputs, targets in validation_batches(data, config, world):
-            scored = targets[targets != IGNORED]
-            with autocast(world.device, trainer.dtype):
-                _, mean = trainer.compiled(inputs.to(world.device), targets.to(world.device))
-            text_bytes = token_bytes[scored.numpy()].sum()
-            sums = [mean.item() * len(scored), len(scored), text_bytes]
-            rows.append(torch.tensor(sums, dtype=torch.float64))
+        for _ in range(count):
+            trainer.stopping = any_over_ranks(trainer.asked.is_set(), world)
+            if trainer.stopping:
+                break
+            for inputs, targets in itertools.islice(batches, 1):
+                sums += _score(trainer, inputs, targets, token_bytes)
             bar.update()
     trainer.compiled.train()
     # MPS has no float64, but then there is nobody to add up with.
     device = world.device if world.size > 1 else "cpu"
-    nats, tokens, text_bytes = sum_over_ranks(torch.stack(rows).sum(0).to(device)).tolist()
-    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
+    return tuple(sum_over_ranks(sums.to(device)).tolist())
+
+
+def _score(trainer: Trainer, inputs: Tensor, targets: Tensor, token_bytes: np.ndarray) -> Tensor:
+    """Return the nats, the tokens and the bytes of text of one batch, float64 (3,)."""
+    device = trainer.world.device
+    scored = targets[targets != IGNORED]
+    with autocast(device, trainer.dtype):
+        _, mean = trainer.compiled(inputs.to(device), targets.to(device))
+    text_bytes = token_bytes[scored.numpy()].sum()
+    return torch.tensor([mean.item() * len(scored), len(scored), text_bytes], dtype=torch.float64)
 
 
 def write_samples(trainer: Trainer, step: int) -> None:
@@ -307,6 +268,13 @@ def write_samples(trainer: Trainer, step: int) -> None:
     with autocast(trainer.world.device, trainer.dtype):
         texts = continuations(trainer.model, tokenizer, prompts, train.sample_tokens, train.seed)
     logs.append_samples(trainer.run, step, prompts, texts)
+
+
+def save_unmeasured(trainer: Trainer, step: int) -> None:
+    """Save where a signal stopped the run; if a validation is due, resuming begins with it."""
+    trainer.losses |= {"val_loss": None, "bits_per_byte": None}
+    with trainer.bar.paused():
+        save_checkpoint(trainer, step)
 
 
 def save_checkpoint(trainer: Trainer, step: int) -> None:

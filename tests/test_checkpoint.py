@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 from config import ModelConfig, OptimConfig, UserError
+from files import seal, unseal
 from model import GPT
 from optim import build_optimizers
 
@@ -94,10 +94,13 @@ def test_another_optimizer_or_version_is_refused(tmp_path):
     other, others = trained("adamw", updates=0)
     with pytest.raises(UserError, match="another optimizer"):
         checkpoint.load_optimizers(path, other, others)
-    state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "format": 99}))
+    state = unseal((path / "state.json").read_bytes())
+    (path / "state.json").write_bytes(seal({**state, "format": 99}))
     with pytest.raises(UserError, match="format 99"):
         checkpoint.read_state(path)
+    # Neither skipped nor trained over: beginning again is for a person to decide.
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.newest(tmp_path)
 
 
 def test_a_full_disk_harms_nothing_earlier(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Configs: JSON and back, divisibility, identity, sizes and recipes."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config as c
+import main
 import recipes
+from command_line import parse
 from config import Config, UserError, replace
 from model import GPT
 
@@ -132,3 +135,46 @@ def test_unknown_names_suggest_the_nearest():
 
 def test_flops_of_gpt2():
     assert c.flops_per_token(Config().model) == pytest.approx(0.86e9, rel=0.01)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(sorted(c.flatten(Config())))
+
+
+@given(st.text() | JSON.map(json.dumps))
+def test_whatever_a_config_file_holds_a_mistake_is_one_sentence(text):
+    with contextlib.suppress(UserError):
+        c.from_json(text)
+
+
+@given(FIELDS, JSON)
+def test_any_value_in_any_field_is_taken_whole_or_refused_by_name(name, value):
+    raw = json.loads(c.to_json(Config()))
+    group, _, leaf = name.rpartition(".")
+    (raw[group] if group else raw)[leaf] = value
+    try:
+        config = c.from_json(json.dumps(raw))
+    except UserError as error:
+        assert "\n" not in str(error) and leaf in str(error)
+    else:
+        assert c.flatten(config)[name] == value
+        assert c.from_json(c.to_json(config)) == config
+
+
+@given(st.lists(FIELDS.map(lambda name: f"--{name.replace('_', '-')}") | st.text(), max_size=4))
+def test_whatever_is_typed_a_mistake_is_one_sentence(words):
+    try:
+        parse(main.Arguments, words, main.Arguments())
+    except UserError as error:
+        assert "\n" not in str(error)
+    except SystemExit as end:
+        assert end.code in (0, None) and {"-h", "--help"} & set(words)
+
+
+def test_json_nested_too_deeply_is_a_mistake_too():
+    with pytest.raises(UserError, match="not valid JSON"):
+        c.from_json("[" * 100_000)

@@ -46,9 +46,11 @@ def test_gradients_are_reduced_once_an_update(tmp_path):
         f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
+import threading
 import torch
 from pathlib import Path
 import train
+from trainer import begin
 from distributed import join_world
 from tests.tiny import make_data, tiny_config
 
@@ -62,7 +64,7 @@ with join_world("cpu") as world:
     if world.is_main:
         run.mkdir(parents=True)
     torch.distributed.barrier()
-    trainer, _ = train._begin(config, run, world, None)
+    trainer, _ = begin(config, run, world, None, threading.Event())
     sent = []
     def hook(state, bucket):
         sent.append(bucket.is_last())

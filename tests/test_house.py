@@ -11,19 +11,12 @@ from tests.conftest import ROOT
 
 # From the bottom to the top; a module imports only modules that stand before it.
 ORDER = (
-    *(
-        "config",
-        "command_line",
-        "recipes",
-        "files",
-        "tokenizer",
-        "manifests",
-        "shards",
-        "tqdm_bars",
-    ),
-    *("chunks", "sources", "load_fineweb", "logs", "metrics", "figures"),
+    *("config", "command_line", "recipes", "files", "tokenizer", "left_out", "manifests"),
+    *("writer", "shards", "tqdm_bars", "orders", "documents", "verify"),
+    *("download", "chunks", "pydocs", "sources", "workers", "preparation", "load_fineweb"),
+    *("logs", "metrics", "figures", "signals"),
     *("model", "optim", "distributed", "fineweb", "checkpoint", "hf"),
-    *("generate", "sample", "train", "results", "main"),
+    *("generate", "sample", "trainer", "train", "results", "main"),
 )
 WITHOUT_TORCH = (*ORDER[: ORDER.index("model")], "results", "main")
 

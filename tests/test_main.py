@@ -1,22 +1,16 @@
 """The command line: precedence, resuming, and a person's mistakes, each one plain sentence."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import main
 import recipes
 from config import UserError
 from logs import read_config
-from tests.tiny import ROOT, fields, make_data, script, tiny_config
+from tests.tiny import fields, make_data, script, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -74,46 +68,6 @@ def test_train_then_resume_with_another_micro_batch_then_refuse_another_model(da
     assert auto.returncode == 0, auto.stderr
     changed = [*small(data), "--auto-resume", "--train.seed", 7]
     assert "train.seed 1337 -> 7" in mistake(*changed, cwd=tmp_path)
-
-
-def test_killed_run_resumes_to_the_same_weights(data, tmp_path):
-    """SIGKILL somewhere after the first checkpoint; `--resume` ends with a straight run's bits."""
-    options = [*small(data), "--train.updates", "60", "--train.checkpoint-interval", "5"]
-    straight = script("main.py", *options, "--name", "straight", cwd=tmp_path)
-    assert straight.returncode == 0, straight.stderr
-    command = [sys.executable, str(ROOT / "main.py"), *options, "--name", "killed"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-    checkpoints = tmp_path / "runs" / "killed" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (checkpoints / "step_000060").exists()
-    resumed = script("main.py", "--resume", "killed", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    for name in ("model", "optimizer"):
-        file = f"checkpoints/step_000060/{name}.safetensors"
-        a = load_file(tmp_path / "runs" / "straight" / file)
-        b = load_file(tmp_path / "runs" / "killed" / file)
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_interruption_says_how_to_go_on(data, tmp_path):
-    options = [*small(data), "--train.updates", "100000"]
-    command = [sys.executable, str(ROOT / "main.py"), *options]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert "interrupted; continue with: python main.py --resume run" in output
 
 
 @pytest.mark.parametrize(

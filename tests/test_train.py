@@ -12,9 +12,11 @@ import checkpoint
 import logs
 from config import UserError, identity_digest, replace
 from distributed import World
-from fineweb import FineWebEdu, update_windows
+from files import seal, unseal
+from fineweb import FineWebEdu
 from model import GPT
 from optim import lr_at
+from orders import update_windows
 from tests.tiny import fields, make_data, script, tiny_config
 from train import train
 
@@ -103,9 +105,9 @@ def test_a_run_goes_on_only_with_its_own_config_and_data(data, tmp_path):
     with pytest.raises(UserError, match=r"another config\.json"):
         run_training(replace(config, {"optim.lr": 1.0}), newest)
     other = make_data(tmp_path / "other", documents=50)
-    state = json.loads((newest / "state.json").read_text())
+    state = unseal((newest / "state.json").read_bytes())
     digest = identity_digest(replace(config, {"data": str(other)}))
-    (newest / "state.json").write_text(json.dumps({**state, "config_digest": digest}))
+    (newest / "state.json").write_bytes(seal({**state, "config_digest": digest}))
     with pytest.raises(UserError, match="is not the data"):
         run_training(replace(config, {"data": str(other)}), newest)
 

@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from config import Config, ModelConfig, OptimConfig, TrainConfig
 from manifests import Manifest
-from shards import ShardWriter
 from tokenizer import CharTokenizer
+from writer import ShardWriter
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz."
@@ -78,22 +80,40 @@ def tiny_config(data: Path, runs_dir: Path, **changes: object) -> Config:
     )
 
 
-def script(
-    *args: object, cwd: Path, processes: int = 1, **environment: str
-) -> subprocess.CompletedProcess:
-    """Run a script of the project from `cwd`, under torchrun when there are several processes."""
+def start(*args: object, cwd: Path, processes: int = 1, **environment: str) -> subprocess.Popen:
+    """Start a script of the project from `cwd`, under torchrun when there are several processes."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(ROOT / str(args[0])), *map(str, args[1:])]
-    return subprocess.run(
+    return subprocess.Popen(
         command,
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
     )
+
+
+def script(
+    *args: object, cwd: Path, processes: int = 1, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run a script of the project as `start` does, to its end."""
+    process = start(*args, cwd=cwd, processes=processes, **environment)
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait until `condition()` holds; a test that waits in vain fails here."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def fields(config: Config) -> list[str]:

@@ -1,0 +1,135 @@
+"""What one process holds while it trains, made from a config or read back from a checkpoint."""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import checkpoint
+import logs
+from config import Config, UserError, accumulation_steps, flops_per_token, identity_digest
+from distributed import World, compile_module, distribute, peak_flops, pick_dtype
+from fineweb import FineWebEdu
+from manifests import find_data, manifest_digest
+from model import GPT
+from optim import build_optimizers
+from tqdm_bars import TrainingBar
+
+
+@dataclass
+class Trainer:
+    """What one process holds while it trains.
+
+    `compiled` is `model` behind torch.compile, where that is on; `parallel` is that behind DDP,
+    where there are other processes. All three share their parameters.
+    """
+
+    config: Config
+    run: Path
+    world: World
+    data: FineWebEdu
+    val_data: FineWebEdu
+    model: GPT
+    compiled: nn.Module
+    parallel: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    dtype: torch.dtype
+    total: int
+    bar: TrainingBar
+    # Training seconds before this process started, and the last losses, for state.json.
+    earlier_seconds: float = 0.0
+    losses: dict[str, Any] = field(default_factory=dict)
+    # Set by a signal to this process; `stopping` when all processes have agreed to stop.
+    asked: threading.Event = field(default_factory=threading.Event)
+    stopping: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training in the whole run so far, without validation and the like."""
+        return self.earlier_seconds + self.bar.seconds
+
+
+def begin(
+    config: Config, run: Path, world: World, resumed: Path | None, asked: threading.Event
+) -> tuple[Trainer, int]:
+    """Build the model, optimizers and data of a run, and load them from `resumed` if given.
+
+    Returns the trainer and the step it stands at. Raises UserError when the checkpoint is damaged,
+    or the config or the data are not those it was made with.
+    """
+    dtype = pick_dtype(config.train.dtype, world.device)
+    torch.set_float32_matmul_precision("high" if config.train.dtype == "tf32" else "highest")
+    directory = find_data(config.data)
+    block_size = config.model.block_size
+    # Weights are drawn on the CPU, so that a seed means the same on every device.
+    torch.manual_seed(config.train.seed)
+    model = GPT(config.model).to(world.device)
+    optimizers = build_optimizers(model, config.optim, dtype)
+    state = {"step": 0, "seconds": 0.0}
+    if resumed is not None:
+        state = checkpoint.read_state(resumed)
+        _check_same_run(resumed, state, config, directory)
+        checkpoint.load_model(resumed, model)
+        checkpoint.load_optimizers(resumed, model, optimizers)
+    compiled = compile_module(model, config.train.compile, world)
+    start, total = state["step"], config.train.updates
+    bar = TrainingBar(
+        start,
+        total,
+        config.train.tokens_per_update,
+        _peak_speed(config, world),
+        disable=not world.is_main,
+    )
+    trainer = Trainer(
+        config,
+        run,
+        world,
+        FineWebEdu(directory, "train", block_size),
+        FineWebEdu(directory, "val", block_size),
+        model,
+        compiled,
+        distribute(compiled, world),
+        optimizers,
+        dtype,
+        total,
+        bar,
+        earlier_seconds=state["seconds"],
+        losses={name: state.get(name) for name in ("train_loss", "val_loss", "bits_per_byte")},
+        asked=asked,
+    )
+    if world.is_main:
+        checkpoint.remove_leftovers(run)
+        logs.rewind(run, start if resumed is not None else -1)
+        logs.write_environment(run, start, _facts(trainer, directory))
+    return trainer, start
+
+
+def _check_same_run(path: Path, state: dict[str, Any], config: Config, directory: Path) -> None:
+    """Raise UserError if the run's config or data are not those the checkpoint was made with."""
+    if state["config_digest"] != identity_digest(config):
+        raise UserError(f"{path} was made with another config.json; restore that to continue.")
+    if state["data_manifest_sha256"] != manifest_digest(directory):
+        raise UserError(f"{directory} is not the data {path} was trained on; restore that first.")
+
+
+def _peak_speed(config: Config, world: World) -> float | None:
+    """Return the tokens per second that would keep all devices at their peak, where it is known."""
+    peak = peak_flops(world.device)
+    return peak * world.size / flops_per_token(config.model) if peak else None
+
+
+def _facts(trainer: Trainer, directory: Path) -> dict[str, Any]:
+    world, config = trainer.world, trainer.config
+    on_gpu = world.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else world.device.type,
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "world_size": world.size,
+        "micro_batch": config.train.micro_batch,
+        "accumulation": accumulation_steps(config, world.size),
+        "data_manifest_sha256": manifest_digest(directory),
+    }
