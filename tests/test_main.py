@@ -1,6 +1,7 @@
 """The command line: precedence, resuming, and a person's mistakes, each one plain sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,32 @@ def test_help_shows_every_field(tmp_path):
     ):
         assert option in result.stdout
     assert "Peak learning rate of AdamW" in result.stdout
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
+@pytest.mark.parametrize("where", ["a file", "no such place"])
+def test_a_place_that_cannot_be_written_is_one_sentence(data, tmp_path, where):
+    (tmp_path / "taken").write_text("a file, where a directory should be")
+    runs_dir = tmp_path / "taken" / "runs" if where == "a file" else "/proc/runs"
+    sentence = mistake(*small(data), "--train.runs-dir", runs_dir, cwd=tmp_path)
+    assert "cannot be made" in sentence
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_damaged_data_is_refused_before_there_is_a_run(data, tmp_path, verify):
+    """Past the sampled blocks only --verify sees it; these shards are small enough to be seen."""
+    damaged = shutil.copytree(data, tmp_path / "damaged")
+    shard = next(damaged.glob("*_train_*.npy"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    options = ["--verify"] if verify else []
+    sentence = mistake(*small(damaged), *options, cwd=tmp_path)
+    assert shard.name in sentence and "prepare the data again" in sentence
+    assert not (tmp_path / "runs").exists()
+
+
+def test_verify_says_what_it_read(data, tmp_path):
+    result = script("main.py", *small(data), "--verify", "--train.updates", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{data} is intact" in result.stdout

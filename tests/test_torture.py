@@ -1,4 +1,7 @@
-"""A little of what `python -m tests.torture` does at length."""
+"""A little of what `python -m tests.torture` does at length.
+
+Runs over changing numbers of processes take too long to be here; test_train.py has a short one.
+"""
 
 import shutil
 import subprocess
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import damage, disk, preparation, training, worlds
+from tests.torture import damage, disk, preparation, training
 from tests.torture.common import (
     Difference,
     Outcome,
@@ -48,13 +51,6 @@ def test_full_disks_harm_nothing(tmp_path):
     _, outcome = disk.run(0, 0, tmp_path, kinds=kinds, rounds=1)
     assert not outcome.failures
     assert outcome.seen == dict.fromkeys(kinds, 1)
-
-
-@pytest.mark.slow
-def test_a_run_moves_between_worlds(tmp_path):
-    _, outcome = worlds.run(0, 0, tmp_path, kinds=(("shuffle_documents", "muon"),))
-    assert not outcome.failures
-    assert outcome.seen["stops by a signal"] == 2
 
 
 # --- The experiment itself must be able to fail ---
