@@ -79,8 +79,13 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def all_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint directories of a run, oldest first."""
     found = (run / "checkpoints").glob("step_*")
-    steps = {path: path.name.removeprefix("step_") for path in found}
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
+    whole = (path for path in found if path.name.removeprefix("step_").isdecimal())
+    return sorted(whole, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint's directory is named after."""
+    return int(path.name.removeprefix("step_"))
 
 
 class OtherVersionError(UserError):
@@ -126,10 +131,15 @@ def _val_loss(path: Path) -> float | None:
         return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the `keep` newest and the best."""
-    kept = {*all_checkpoints(run)[-keep:], best(run)}
-    for path in all_checkpoints(run):
+def prune(run: Path, keep: int, step: int) -> None:
+    """Delete all checkpoints up to `step` but the `keep` newest of them and the best.
+
+    A later one was found damaged when the run was resumed; it must not take the place of a good one
+    here, and is replaced when the run comes to it again.
+    """
+    paths = [path for path in all_checkpoints(run) if step_of(path) <= step]
+    kept = {*paths[-keep:], best(run)}
+    for path in paths:
         if path not in kept:
             # Renamed first, so that a half-deleted one never looks complete.
             doomed = path.with_name(f".{path.name}.tmp")

@@ -35,6 +35,8 @@ class ModelConfig:
     """Number of token ids; taken from the data."""
     dropout: float = 0.0
     """Probability of dropping an activation (GPT-2 pretraining over one epoch needs none)."""
+    attention_dropout: float | None = None
+    """The same for attention weights, which rules out the fused kernels; by default as dropout."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -234,7 +236,11 @@ def validate(config: Config) -> None:
     _require(
         model.vocab_size <= 65536, "model.vocab_size must be at most 65536: shards hold uint16."
     )
-    _require(0 <= model.dropout < 1, "model.dropout must be at least 0 and below 1.")
+    for name, value in (
+        ("dropout", model.dropout),
+        ("attention_dropout", model.attention_dropout or 0),
+    ):
+        _require(0 <= value < 1, f"model.{name} must be at least 0 and below 1.")
     for name in ("lr", "muon_lr", "eps"):
         _require(0 < getattr(optim, name) < math.inf, f"optim.{name} must be above 0.")
     for name in ("weight_decay", "muon_weight_decay", "grad_clip"):

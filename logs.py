@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,11 @@ def create_run(run: Path, config: Config) -> None:
         temporary.mkdir(parents=True, exist_ok=True)
         write_atomically(temporary / "config.json", to_json(config).encode())
         os.replace(temporary, run)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"The run directory {run} cannot be made ({error.strerror}).") from error
 
 
@@ -97,25 +102,34 @@ def append_samples(run: Path, step: int, prompts: list[str], texts: list[str]) -
     _append(run / SAMPLES, "\n".join(parts) + "\n")
 
 
-def rewind(run: Path, step: int) -> None:
-    """Drop every metric line and sample after `step`, and a last line cut off in writing."""
+def rewind(run: Path, step: int, measured: bool = True) -> None:
+    """Drop what was recorded after `step`, and what was cut off in writing.
+
+    With `measured` false, the measurements at `step` go too, since they will be made again.
+    """
+    last_measured = step if measured else step - 1
     metrics, samples = run / METRICS, run / SAMPLES
     if metrics.exists():
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if _belongs(line, step, last_measured)]
         write_atomically(metrics, "".join(kept).encode())
     if samples.exists():
-        sections = re.split(r"(?m)^(?=## Step \d+$)", samples.read_text(encoding="utf-8"))
-        kept = [s for s in sections if s and int(s.split(None, 3)[2]) <= step]
+        text = samples.read_text(encoding="utf-8", errors="replace")
+        # A heading that was cut off could be taken for that of an earlier step.
+        text = re.sub(r"(?m)^#.*\Z", "", text)
+        sections = re.split(r"(?m)^(?=## Step \d+$)", text)
+        kept = [s for s in sections if s and int(s.split(None, 3)[2]) <= last_measured]
         write_atomically(samples, "".join(kept).encode())
 
 
-def _step_of(line: str) -> float:
-    """Return the step of a metric line, or infinity for one that is not whole."""
+def _belongs(line: str, step: int, last_measured: int) -> bool:
+    """Say whether a metric line is whole, and not later than it may be."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        record = json.loads(line)
+        last = step if record["kind"] == "train" else last_measured
+        return line.endswith("\n") and float(record["step"]) <= last
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _append(path: Path, text: str) -> None:

@@ -48,7 +48,7 @@ class Arguments:
     """Train a GPT-2 from token shards."""
 
     recipe: Annotated[str, tyro.conf.Positional] = ""
-    """What to train: gpt2 (the default) or quickstart; recipes.py says what each is."""
+    """What to train: gpt2 (the default), quickstart or shakespeare-char; recipes.py says what."""
     size: str = ""
     """How big: nano, 124m, 350m, 774m or 1558m; the recipe's own by default."""
     data: str = ""
@@ -200,7 +200,7 @@ def _newest_checkpoint(run: Path, world: "World") -> Path | None:
     from distributed import from_main
 
     found = checkpoint.newest(run) if world.is_main else None
-    step = from_main(int(found.name.removeprefix("step_")) if found else -1, world)
+    step = from_main(checkpoint.step_of(found) if found else -1, world)
     return checkpoint.checkpoint_path(run, step) if step >= 0 else None
 
 

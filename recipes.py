@@ -41,7 +41,7 @@ class Size:
 EPOCH = 18_849 * 524_288
 
 SIZES = {
-    "nano": Size(4, 4, 128, 256, 2048, 8, 1_024_000, 5e-4, 100, 65_536, 250),
+    "nano": Size(4, 4, 128, 256, 2048, 32, 1_024_000, 5e-4, 100, 65_536, 250),
     "124m": Size(12, 12, 768, 1024, 524_288, 16, EPOCH, 6e-4),
     "350m": Size(24, 16, 1024, 1024, 524_288, 8, EPOCH, 3e-4),
     "774m": Size(36, 20, 1280, 1024, 524_288, 4, EPOCH, 2.5e-4),
@@ -87,10 +87,37 @@ def quickstart(config: Config) -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[Config], Config]] = {"gpt2": gpt2, "quickstart": quickstart}
+def shakespeare_char(config: Config) -> Config:
+    """Tiny Shakespeare by character: the quickstart's optimizer, dropout, and eighteen epochs.
+
+    Command: `python main.py shakespeare-char` (after `python shakespeare/shakespeare.py`).
+    Cost: about 12 minutes on two CPU cores with AVX512-BF16.
+    Expected: validation loss at most 1.52 nats a character on the last tenth, from 4.2.
+    """
+    return replace(
+        quickstart(config),
+        {
+            "data": "shakespeare-char",
+            "model.dropout": 0.1,
+            # Masks for the attention weights would double the time of an update on a CPU.
+            "model.attention_dropout": 0.0,
+            "train.tokens_per_update": 8192,
+            "train.tokens": 18_000_000,
+            # All of the last tenth.
+            "train.val_tokens": 1 << 17,
+            "train.val_interval": 250,
+        },
+    )
+
+
+RECIPES: dict[str, Callable[[Config], Config]] = {
+    "gpt2": gpt2,
+    "quickstart": quickstart,
+    "shakespeare-char": shakespeare_char,
+}
 
 # The size of a recipe that is not the flagship's.
-DEFAULT_SIZES = {"quickstart": "nano"}
+DEFAULT_SIZES = {"quickstart": "nano", "shakespeare-char": "nano"}
 
 
 def build(recipe: str, size: str | None = None) -> Config:

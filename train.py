@@ -142,7 +142,7 @@ def _not_finite(trainer: Trainer, step: int, losses: Tensor, loss: float, norm: 
 
 def _seed_dropout(config: Config, step: int, window: int) -> None:
     """Make dropout noise a function of (config, step) and of the windows' place in the update."""
-    if config.model.dropout > 0:
+    if max(config.model.dropout, config.model.attention_dropout or 0) > 0:
         key = np.random.SeedSequence([config.train.seed, step, window])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
@@ -292,7 +292,7 @@ def save_checkpoint(trainer: Trainer, step: int) -> None:
             **trainer.losses,
         }
         checkpoint.save(trainer.run, step, trainer.model, trainer.optimizers, state)
-        checkpoint.prune(trainer.run, trainer.config.train.keep_checkpoints)
+        checkpoint.prune(trainer.run, trainer.config.train.keep_checkpoints, step)
     barrier()
 
 

@@ -62,8 +62,8 @@ def begin(
     """
     dtype = pick_dtype(config.train.dtype, world.device)
     torch.set_float32_matmul_precision("high" if config.train.dtype == "tf32" else "highest")
-    directory = find_data(config.data)
-    block_size = config.model.block_size
+    directory, block_size = find_data(config.data), config.model.block_size
+    train_data, val_data = (FineWebEdu(directory, s, block_size) for s in ("train", "val"))
     # Weights are drawn on the CPU, so that a seed means the same on every device.
     torch.manual_seed(config.train.seed)
     model = GPT(config.model).to(world.device)
@@ -76,35 +76,45 @@ def begin(
         checkpoint.load_optimizers(resumed, model, optimizers)
     compiled = compile_module(model, config.train.compile, world)
     start, total = state["step"], config.train.updates
-    bar = TrainingBar(
-        start,
-        total,
-        config.train.tokens_per_update,
-        _peak_speed(config, world),
-        disable=not world.is_main,
-    )
+    losses = {name: state.get(name) for name in ("train_loss", "val_loss", "bits_per_byte")}
+    if world.is_main:
+        _tidy(config, run, start, losses["val_loss"] is not None)
+        logs.write_environment(run, start, _facts(config, world, dtype, directory))
     trainer = Trainer(
         config,
         run,
         world,
-        FineWebEdu(directory, "train", block_size),
-        FineWebEdu(directory, "val", block_size),
+        train_data,
+        val_data,
         model,
         compiled,
         distribute(compiled, world),
         optimizers,
         dtype,
         total,
-        bar,
+        # The bar is drawn here, so that whatever fails to begin has a line of its own.
+        TrainingBar(
+            start,
+            total,
+            config.train.tokens_per_update,
+            _peak_speed(config, world),
+            disable=not world.is_main,
+        ),
         earlier_seconds=state["seconds"],
-        losses={name: state.get(name) for name in ("train_loss", "val_loss", "bits_per_byte")},
+        losses=losses,
         asked=asked,
     )
-    if world.is_main:
-        checkpoint.remove_leftovers(run)
-        logs.rewind(run, start if resumed is not None else -1)
-        logs.write_environment(run, start, _facts(trainer, directory))
     return trainer, start
+
+
+def _tidy(config: Config, run: Path, start: int, measured: bool) -> None:
+    """Make a run's directory that of a run which stands at `start`, and was measured there or not.
+
+    Whatever a kill left behind goes: half a checkpoint, one too many, and later records.
+    """
+    checkpoint.remove_leftovers(run)
+    checkpoint.prune(run, config.train.keep_checkpoints, start)
+    logs.rewind(run, start, measured)
 
 
 def _check_same_run(path: Path, state: dict[str, Any], config: Config, directory: Path) -> None:
@@ -121,12 +131,11 @@ def _peak_speed(config: Config, world: World) -> float | None:
     return peak * world.size / flops_per_token(config.model) if peak else None
 
 
-def _facts(trainer: Trainer, directory: Path) -> dict[str, Any]:
-    world, config = trainer.world, trainer.config
+def _facts(config: Config, world: World, dtype: torch.dtype, directory: Path) -> dict[str, Any]:
     on_gpu = world.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else world.device.type,
-        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "world_size": world.size,
         "micro_batch": config.train.micro_batch,

@@ -93,7 +93,6 @@ def _hash(text: str) -> int:
 def _in_processes(
     chunks: Iterator[tuple[int, Chunk]], work: Callable[[Chunk], Tokenized], workers: int
 ) -> Iterator[tuple[int, Tokenized]]:
-    others = set(multiprocessing.active_children())
     pool = _start_pool(workers)
     waiting, ahead = collections.deque(), 0
     try:
@@ -114,9 +113,9 @@ def _in_processes(
             "continue, with fewer --workers if it dies again."
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
+        # Only the chunks in hand are waited for. A worker that is ended while it sends its tokens
+        # would leave the pool waiting for the rest of them for ever.
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_pool(workers: int) -> ProcessPoolExecutor:

@@ -132,7 +132,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     model, optimizers = trained()
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.6], 1):
         checkpoint.save(tmp_path, step, model, optimizers, {"val_loss": loss})
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(tmp_path, keep=2, step=5)
     assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == [
         "step_000002",
         "step_000004",
@@ -148,6 +148,24 @@ def test_a_damaged_or_foreign_neighbour_stops_neither_save_nor_prune(tmp_path):
     (tmp_path / "checkpoints" / "step_000001.bak").mkdir()
     for step, loss in ((2, 1.0), (3, 2.0)):
         checkpoint.save(tmp_path, step, model, optimizers, {"val_loss": loss})
-    checkpoint.prune(tmp_path, keep=1)
+    checkpoint.prune(tmp_path, keep=1, step=3)
     assert [p.name for p in checkpoint.all_checkpoints(tmp_path)] == ["step_000002", "step_000003"]
     assert (tmp_path / "checkpoints" / "step_000001.bak").exists()
+
+
+def test_damaged_later_checkpoints_never_push_out_a_good_one(tmp_path):
+    """After falling back from 20 and 30 to 10, what is saved at 12 must stay."""
+    model, optimizers = trained()
+    for step in (10, 12, 20, 30):
+        checkpoint.save(tmp_path, step, model, optimizers, {"val_loss": 1.0 / step})
+    checkpoint.prune(tmp_path, keep=1, step=12)
+    assert [path.name[-2:] for path in checkpoint.all_checkpoints(tmp_path)] == ["12", "20", "30"]
+
+
+def test_steps_beyond_six_digits_stay_in_order(tmp_path):
+    model, optimizers = trained()
+    for step in (999_999, 1_000_000):
+        checkpoint.save(tmp_path, step, model, optimizers, {})
+    assert checkpoint.newest(tmp_path).name == "step_1000000"
+    checkpoint.prune(tmp_path, keep=1, step=1_000_000)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == ["step_1000000"]

@@ -215,6 +215,16 @@ def test_dropout_acts_in_training_only():
     assert model(idx, targets)[1].item() == tiny_model().eval()(idx, targets)[1].item()
 
 
+def test_attention_dropout_is_that_of_the_rest_unless_it_is_given():
+    idx = torch.randint(0, 50, (2, 16))
+    for dropout, attention, noisy in ((0.2, 0.0, True), (0.0, 0.5, True), (0.0, 0.0, False)):
+        model = tiny_model(dropout=dropout, attention_dropout=attention)
+        assert model.h[0].attn.dropout == attention
+        first, second = model(idx, idx)[1], model(idx, idx)[1]
+        assert torch.equal(first, second) != noisy
+    assert tiny_model(dropout=0.3).h[0].attn.dropout == 0.3
+
+
 def test_training_follows_a_plain_transformers_loop():
     theirs, ours = transformers_pair(TINY)
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}

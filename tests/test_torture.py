@@ -1,6 +1,7 @@
 """A little of what `python -m tests.torture` does at length.
 
-Runs over changing numbers of processes take too long to be here; test_train.py has a short one.
+Runs over changing numbers of processes take too long for that; test_train.py compares one process
+with two.
 """
 
 import shutil
