@@ -88,7 +88,7 @@ def quickstart(config: Config) -> Config:
 
 
 def shakespeare_char(config: Config) -> Config:
-    """Tiny Shakespeare by character: the quickstart's optimizer, dropout, and eighteen epochs.
+    """Tiny Shakespeare by character: the quickstart's optimizer, dropout, and fifteen epochs.
 
     Command: `python main.py shakespeare-char` (after `python shakespeare/shakespeare.py`).
     Cost: about 12 minutes on two CPU cores with AVX512-BF16.
@@ -102,7 +102,7 @@ def shakespeare_char(config: Config) -> Config:
             # Masks for the attention weights would double the time of an update on a CPU.
             "model.attention_dropout": 0.0,
             "train.tokens_per_update": 8192,
-            "train.tokens": 18_000_000,
+            "train.tokens": 15_000_000,
             # All of the last tenth.
             "train.val_tokens": 1 << 17,
             "train.val_interval": 250,
