@@ -1,8 +1,4 @@
-"""A little of what `python -m tests.torture` does at length.
-
-Runs over changing numbers of processes take too long for that; test_train.py compares one process
-with two.
-"""
+"""A little of what `python -m tests.torture` does at length."""
 
 import shutil
 import subprocess
@@ -10,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import damage, disk, preparation, training
+from tests.torture import damage, disk, preparation, training, worlds
 from tests.torture.common import (
     Difference,
     Outcome,
@@ -35,6 +31,12 @@ def test_killed_preparations_end_with_the_same_bytes(tmp_path):
     text, outcome = preparation.run(0, 2, tmp_path)
     assert not outcome.failures
     assert outcome.seen["kills"] >= 2 and "no worker left alive" in text
+
+
+def test_runs_move_between_numbers_of_processes(tmp_path):
+    _, outcome = worlds.run(0, 0, tmp_path, kinds=(("shuffle_documents", "adamw"),))
+    assert not outcome.failures
+    assert outcome.seen["stops by a signal"] == 2
 
 
 def test_damage_is_refused_by_name(tmp_path):
