@@ -207,7 +207,8 @@ def killed(tmp_path_factory):
     base = tmp_path_factory.mktemp("killed")
     rng = np.random.default_rng(0)
     words = ["shard", "token", "window", "batch", "model", "loss", "update", "figure"]
-    texts = [" ".join(rng.choice(words, 2000)) + f" {i}" for i in range(2000)]
+    texts = [" ".join(rng.choice(words, 2000)) + f" {i}" for i in range(5000)]
+    # Seconds of work, so that a busy machine cannot end it before it is to be stopped.
     file = write_parquet(base / "a.parquet", texts, group=100)
     arguments = ["--source", str(file), "--shard-tokens", "300000", "--workers", "2"]
     prepare(str(file), base / "whole", shard_tokens=300_000, workers=2, quiet=True)
@@ -223,6 +224,7 @@ def begin(arguments, out) -> subprocess.Popen:
     deadline = time.monotonic() + 30
     while len(list(out.glob("*.npy"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[0]
     return process
 
 
@@ -264,7 +266,7 @@ def test_a_signal_ends_it_at_once_with_a_sentence(killed, number, everyone, stat
     started = time.monotonic()
     output, _ = process.communicate(timeout=20)
     assert time.monotonic() - started < 5
-    assert process.returncode == status
+    assert process.returncode == status, output
     assert "Traceback" not in output
     sentence = "interrupted; the same command continues after the last complete shard."
     assert output.splitlines()[-1] == sentence
