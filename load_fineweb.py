@@ -74,6 +74,8 @@ def main() -> None:
     from command_line import parse
 
     signal.signal(signal.SIGTERM, _terminate)
+    # A shell without job control lets what it starts in the background ignore this one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         prepare(**vars(parse(Arguments)))
     except KeyboardInterrupt as stop:

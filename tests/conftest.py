@@ -26,3 +26,10 @@ def real_data() -> Path:
     if not os.environ.get("GPT2_DATA") or not path.is_dir():
         pytest.skip("GPT2_DATA does not name a directory of evaluation data")
     return path.resolve()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks so small that every source has many, and several workers start."""
+    monkeypatch.setattr("chunks.CHUNK_BYTES", 500)
+    monkeypatch.setattr("load_fineweb.CHUNK_BYTES", 500)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import chunks
-import load_fineweb
 import preparation
 import workers
 from load_fineweb import prepare
@@ -33,14 +32,6 @@ from tests.corpora import (
 )
 from tokenizer import gpt2_tokenizer
 from writer import ShardWriter
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks so small that every source has many, and several workers start."""
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(load_fineweb, "CHUNK_BYTES", 500)
-
 
 # --- Mistakes ---
 
@@ -216,8 +207,12 @@ def killed(tmp_path_factory):
 
 
 def begin(arguments, out) -> subprocess.Popen:
-    """Start a preparation in a process group of its own, and wait for its third shard."""
-    command = [sys.executable, str(ROOT / "load_fineweb.py"), *arguments, "--out", str(out)]
+    """Start a preparation in a process group of its own, and wait for its third shard.
+
+    SIGINT is ignored when it starts, as in a script's background.
+    """
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable]
+    command += [str(ROOT / "load_fineweb.py"), *arguments, "--out", str(out)]
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

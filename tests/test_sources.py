@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import chunks
-import load_fineweb
 import pydocs
 import sources
 from config import UserError
@@ -34,14 +33,6 @@ from tests.corpora import (
 )
 from tokenizer import gpt2_tokenizer
 from workers import tokenize
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks so small that every source has many, and several workers start."""
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 500)
-    monkeypatch.setattr(load_fineweb, "CHUNK_BYTES", 500)
-
 
 # --- Files ---
 
