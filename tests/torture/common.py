@@ -1,5 +1,6 @@
 """What all parts share: processes that are started and killed, files compared, trials counted."""
 
+import contextlib
 import os
 import random
 import re
@@ -163,12 +164,13 @@ def processes_in(folder: Path) -> list[Path]:
 
 
 def kill_all(folder: Path) -> None:
-    """End every process that lives in `folder`, there and then."""
+    """End every process that lives in `folder`, and wait until none does."""
     for directory in processes_in(folder):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(int(directory.name), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    deadline = time.monotonic() + PATIENCE
+    while processes_in(folder) and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
