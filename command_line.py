@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 # What the surroundings of a program can do to it anywhere: full or read-only disks, missing rights.
 SURROUNDINGS = {
-    getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO")
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO")
+    if hasattr(errno, name)
 }
 
 

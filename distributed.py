@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from config import TrainConfig, UserError
 
 # Dense bfloat16 peaks in TFLOP/s from the makers' data sheets, by a part of the device's name.
 PEAK_TFLOPS = {
@@ -55,7 +55,7 @@ class World:
 
 
 @contextlib.contextmanager
-def join_world(device_name: str, timeout: float = 600.0) -> Iterator[World]:
+def join_world(device_name: str, timeout: float = TrainConfig.timeout) -> Iterator[World]:
     """Join the processes torchrun started (or be alone), and leave them cleanly at the end.
 
     Raises UserError when another one dies, or keeps the others waiting for `timeout` seconds. (NCCL

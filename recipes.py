@@ -99,7 +99,7 @@ def shakespeare_char(config: Config) -> Config:
         {
             "data": "shakespeare-char",
             "model.dropout": 0.1,
-            # Masks for the attention weights would double the time of an update on a CPU.
+            # Masks for the attention weights would cost a CPU half as much time again.
             "model.attention_dropout": 0.0,
             "train.tokens_per_update": 8192,
             "train.tokens": 15_000_000,
