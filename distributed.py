@@ -10,9 +10,10 @@ import importlib.util
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainConfig, UserError
+
+# A module, or a function.
+Compilable = TypeVar("Compilable", bound=Callable)
 
 # Dense bfloat16 peaks in TFLOP/s from the makers' data sheets, by a part of the device's name.
 PEAK_TFLOPS = {
@@ -145,8 +149,8 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def compile_module(module: nn.Module, mode: str, world: World) -> nn.Module:
-    """Return the module compiled if `mode` (auto, on, off) says so and there is a compiler."""
+def compile_module(module: Compilable, mode: str, world: World) -> Compilable:
+    """Return a module or function compiled if `mode` (auto, on, off) says so and it can be."""
     if mode == "off" or (mode == "auto" and world.device.type != "cuda"):
         return module
     if not _has_compiler(world.device):
@@ -154,7 +158,9 @@ def compile_module(module: nn.Module, mode: str, world: World) -> nn.Module:
             world, "torch.compile needs Triton (CUDA) or g++ (CPU), not found: going on without it."
         )
         return module
-    return torch.compile(module)
+    # Shapes are few and fixed wherever something is compiled; one for all shapes would be slower.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(module, dynamic=False)
 
 
 def _has_compiler(device: torch.device) -> bool:

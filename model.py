@@ -64,12 +64,29 @@ class GPT(nn.Module):
         stop = start + idx.size(1)
         if stop > self.config.block_size:
             raise ValueError(f"{stop} tokens do not fit the context of {self.config.block_size}")
-        positions = torch.arange(start, stop, device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(positions))
-        for block in self.h:
-            x = block(x, cache)
+        x = self._states(idx, torch.arange(start, stop, device=idx.device), cache=cache)
         if cache is not None:
             cache.length = stop
+        return x
+
+    def packed_hidden(self, idx: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Return the final normalised states (B, T, C) of rows that hold several texts.
+
+        `positions`, int64 (B, T), are the tokens' places in their own texts; `mask`, (B, 1, T, T),
+        is 0 where a token (second last dimension) sees another (last), and -inf elsewhere.
+        """
+        return self._states(idx, positions, mask)
+
+    def _states(
+        self,
+        idx: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        x = self.drop(self.wte(idx) + self.wpe(positions))
+        for block in self.h:
+            x = block(x, mask, cache)
         return self.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -93,8 +110,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: "KVCache | None" = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -112,16 +131,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: "KVCache | None" = None
+    ) -> Tensor:
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # A cache is either empty or followed by one token, which sees all of it.
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
-        )
+        causal, dropout = mask is None and T > 1, self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         return self.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
