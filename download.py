@@ -23,7 +23,7 @@ from config import UserError
 from files import sync_directory
 from tqdm_bars import DownloadBar
 
-# In a row, without a byte more than there was.
+# In a row, without a byte more than there was, before a download is given up.
 ATTEMPTS = 4
 BLOCK_BYTES = 1 << 18
 # Seconds without a byte before a connection counts as broken.
@@ -42,11 +42,14 @@ def download(
     sha256: str | None = None,
     size: int | None = None,
     quiet: bool = False,
+    attempts: int = ATTEMPTS,
 ) -> Path:
     """Fetch `url` into `path`, unless something is there, and return `path`.
 
-    With `sha256` (hexadecimal) or `size` (bytes), what comes must have it. Raises UserError, and
-    leaves nothing at `path` or beside it, when the file cannot be fetched, stored, or is another.
+    With `sha256` (hexadecimal) or `size` (bytes), what comes must have it. A network that fails is
+    given up at the last of so many `attempts`, counted anew whenever one brings more. Raises
+    UserError, and leaves nothing at `path` or beside it, when the file cannot be fetched, stored,
+    or is another.
     """
     if path.exists():
         return path
@@ -55,7 +58,7 @@ def download(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb+") as file, DownloadBar(path.name, size, quiet) as bar:
-            _fetch(url, path, file, bar)
+            _fetch(url, path, file, bar, attempts)
             _check(url, path, file, sha256, size)
             file.flush()
             os.fsync(file.fileno())
@@ -69,7 +72,7 @@ def download(
     return path
 
 
-def _fetch(url: str, path: Path, file: BinaryIO, bar: DownloadBar) -> None:
+def _fetch(url: str, path: Path, file: BinaryIO, bar: DownloadBar, attempts: int) -> None:
     """Fill `file` with what `url` gives, in as many attempts as bring more of it, and a few."""
     progress = _Progress()
     failures, furthest = 0, 0
@@ -88,7 +91,7 @@ def _fetch(url: str, path: Path, file: BinaryIO, bar: DownloadBar) -> None:
         except _BrokenError as broken:
             failures = 1 if progress.done > furthest else failures + 1
             furthest = max(furthest, progress.done)
-            if failures == ATTEMPTS:
+            if failures >= attempts:
                 raise UserError(_sentence(url, path, f"be fetched ({broken})")) from broken
             time.sleep(2 ** (failures - 1))
 

@@ -137,6 +137,13 @@ def test_a_connection_that_always_breaks_is_given_up(tmp_path, server):
     assert server.waits == [1, 2, 4]
 
 
+def test_one_attempt_gives_up_without_waiting(tmp_path, server):
+    server.script = [{503}]
+    message = refuses(server.url, tmp_path / "file", attempts=1)
+    assert "the server answers 503, Service Unavailable" in message
+    assert server.waits == [] and len(server.requests) == 1
+
+
 def test_another_file_than_was_meant(tmp_path, server):
     other = hashlib.sha256(b"other").hexdigest()
     message = refuses(server.url, tmp_path / "file", sha256=other)
