@@ -1,5 +1,4 @@
-"""The settings of a run: three frozen groups, their JSON form, and the numbers that follow from
-them.
+"""The settings of a run: three frozen groups, and the numbers that follow from them.
 
     Config = recipe, size, data, name + ModelConfig + OptimConfig + TrainConfig
 
@@ -12,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -94,6 +92,12 @@ class TrainConfig:
     """Updates between validations; 0 validates only at the start and the end of the run."""
     val_tokens: int = 10_485_760
     """Tokens of the validation split that every validation reads, always the same ones."""
+    eval_interval: int = 0
+    """Updates between evaluations on benchmarks, also at both ends of the run; 0 makes none."""
+    eval_tasks: tuple[str, ...] = ("hellaswag",)
+    """Benchmarks to score then, by their names in tasks.py."""
+    eval_limit: int | None = None
+    """Score only the first so many examples of each benchmark, where time is short."""
     checkpoint_interval: int = 1000
     """Updates between checkpoints; 0 keeps only those at the ends of epochs and of the run."""
     keep_checkpoints: int = 2
@@ -137,6 +141,7 @@ MUTABLE_FIELDS = {
     "name",
     *("train.micro_batch", "train.compile", "train.dtype", "train.device", "train.runs_dir"),
     *("train.val_interval", "train.checkpoint_interval", "train.log_interval"),
+    *("train.eval_interval", "train.eval_tasks", "train.eval_limit"),
     *("train.keep_checkpoints", "train.sample_tokens", "train.timeout"),
 }
 
@@ -178,52 +183,6 @@ def changed_identity(old: Config, new: Config) -> list[str]:
     ]
 
 
-def to_json(config: Config) -> str:
-    """Return the config as indented JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str, where: str = "config.json") -> Config:
-    """Rebuild a `Config`; raises UserError naming `where` and the first field that does not fit."""
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}).") from error
-    config = _build(Config, raw, where, "")
-    validate(config)
-    return config
-
-
-def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:
-    """Build one dataclass from a JSON object, checking names and types on the way."""
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: {prefix or 'the file'} should be a JSON object.")
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(raw) - set(hints))
-    if unknown:
-        raise UserError(f"{where} has a field this version does not know: {prefix}{unknown[0]}.")
-    values = {}
-    for name, value in raw.items():
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(hints[name], value, where, f"{prefix}{name}.")
-        elif _fits(value, hints[name]):
-            values[name] = value
-        else:
-            raise UserError(f"{where}: {prefix}{name} cannot be {value!r}.")
-    return cls(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a JSON value is one that a field annotated `hint` may hold."""
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    kinds = typing.get_args(hint) or (hint,)
-    if isinstance(value, bool):
-        return bool in kinds
-    # JSON writes 1.0 and 1 alike, so an integer is a fine float.
-    return any(isinstance(value, (int, float) if kind is float else kind) for kind in kinds)
-
-
 def validate(config: Config) -> None:
     """Check every number that can be checked without data or hardware; raises UserError."""
     model, optim, train = config.model, config.optim, config.train
@@ -257,7 +216,10 @@ def validate(config: Config) -> None:
     for name in ("tokens", "log_interval", "keep_checkpoints", "val_tokens"):
         _require(getattr(train, name) >= 1, f"train.{name} must be at least 1.")
     _require(0 < train.timeout < math.inf, "train.timeout must be above 0 seconds.")
-    for name in ("val_interval", "checkpoint_interval", "sample_tokens"):
+    _require(
+        train.eval_limit is None or train.eval_limit >= 1, "train.eval_limit must be 1 or more."
+    )
+    for name in ("val_interval", "eval_interval", "checkpoint_interval", "sample_tokens"):
         _require(getattr(train, name) >= 0, f"train.{name} must not be negative.")
     windows_per_update(config)
 

@@ -12,9 +12,10 @@ from files import write_atomically
 from metrics import Points, Run, is_share, least, points, scores, short
 
 # What others report, by their own measurement: loss on FineWeb-Edu's validation shard, and, in
-# percent, HellaSwag with per-token normalisation (least and most, where sources differ).
+# percent, all of HellaSwag with per-token normalisation (least and most, where sources differ).
 BASELINE_DATA = "fineweb-edu"
 LOSS_BASELINE = 3.292
+BASELINE_EXAMPLES = {"hellaswag": 10_042}
 SCORE_BASELINES = {
     ("hellaswag", "acc_norm"): (
         ("published: OpenAI GPT-2 124M, 29.4 to 29.55", 29.4, 29.55),
@@ -141,7 +142,7 @@ def _draw_scores(axes: Any, runs: list[Run]) -> None:
             axes.fill_between(score.steps, *band, color=color, alpha=0.2, linewidth=0)
             (curve,) = axes.plot(score.steps, values, color=color, linestyle=dashes, label=label)
             _mark(curve, MARKERS[j % 4])
-    for name in names if _comparable(runs) else ():
+    for name in names if _comparable(runs) and _complete(runs) else ():
         for (label, low, high), rule in zip(SCORE_BASELINES.get(name, ()), RULES, strict=False):
             axes.axhspan(low, high, color="black", alpha=0.25, linewidth=0)
             axes.axhline(high, label=label, **rule)
@@ -150,7 +151,28 @@ def _draw_scores(axes: Any, runs: list[Run]) -> None:
 
 
 def _shares(run: Run) -> dict[tuple[str, str], Points]:
-    return {name: score for name, score in scores(run).items() if is_share(name[1])}
+    """Return the one score drawn of each task: acc_norm where there is one, or acc, or the first.
+
+    A task's other metrics mostly run beside it; the table has them all.
+    """
+    found = {name: score for name, score in scores(run).items() if is_share(name[1])}
+    chosen = {}
+    for task in dict.fromkeys(task for task, _ in found):
+        metrics = [metric for of, metric in found if of == task]
+        preferred = [metric for metric in ("acc_norm", "acc") if metric in metrics]
+        name = (task, (preferred or metrics)[0])
+        chosen[name] = found[name]
+    return chosen
+
+
+def _complete(runs: list[Run]) -> bool:
+    """Say whether every score that published figures stand beside is of all the examples."""
+    return all(
+        line.get("examples") == BASELINE_EXAMPLES[line["task"]]
+        for run in runs
+        for line in run.metrics
+        if line["kind"] == "eval" and line["task"] in BASELINE_EXAMPLES
+    )
 
 
 def _comparable(runs: list[Run]) -> bool:

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from config import Config, UserError, from_json, to_json
+from config import Config, UserError
+from config_file import from_json, to_json
 from files import write_atomically
 
 METRICS = "metrics.jsonl"

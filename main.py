@@ -37,6 +37,7 @@ from files import locked
 from logs import create_run, read_config, run_directory
 from manifests import DATA_DIR, find_data, read_manifest
 from shards import TokenStream
+from tasks import TASKS
 from verify import verify_data
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def _override(args: list[str] | None, first: Arguments, base: Config) -> Config:
     if first.data:
         config = replace(config, {"data": first.data})
     validate(config)
+    for name in config.train.eval_tasks:
+        recipes.check_name(name, TASKS, "benchmark")
     return config
 
 
@@ -171,8 +174,8 @@ def launch(job: Job, world: "World") -> None:
         found = _newest_checkpoint(run, world) if job.resumes else None
         if world.is_main:
             print(summary(config, run, world), flush=True)
-        step = train(config, run, world, found)
-        if world.is_main and step == config.train.updates:
+        step, complete = train(config, run, world, found)
+        if world.is_main and complete:
             conclude(config, run)
         elif world.is_main:
             print(f"stopped after update {step}; continue with: {resume_command(config)}")

@@ -130,6 +130,15 @@ def is_share(metric: str) -> bool:
     return not any(word in metric for word in ("perplexity", "ppl", "loss", "bits", "bytes"))
 
 
+def score_text(metric: str, value: float, error: float = 0.0) -> str:
+    """Return a score with its standard error, if that is known: shares in percent."""
+    if is_share(metric):
+        return f"{100 * value:.2f}" + (f" ± {100 * error:.2f} %" if error else " %")
+    # Perplexities go from one to astronomical, and bits per byte differ in the third place.
+    form = ".4f" if abs(value) < 10 else ".2f" if abs(value) < 1e5 else ".3g"
+    return f"{value:{form}}" + (f" ± {error:{form}}" if math.isfinite(error) and error else "")
+
+
 def least(series: Points) -> str:
     """Return the least value and its step in words; "" when there is none."""
     if not len(series.values):
@@ -141,6 +150,18 @@ def short(number: float) -> str:
     """Return a number in three figures with K, M or B."""
     number = float(f"{number:.3g}")
     for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
+        if limit <= number < math.inf:
             return f"{number / limit:g}{letter}"
     return f"{number:g}"
+
+
+def aligned(rows: list[dict[str, str]]) -> str:
+    """Return rows of cells by heading as an aligned Markdown table; "-" stands for the unknown."""
+    # Columns that no row can fill would only widen the table.
+    names = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in names if any(row.get(name) for row in rows)]
+    cells = [names, *([row.get(name) or "-" for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)

@@ -35,13 +35,15 @@ class Size:
     val_interval: int = 250
     val_tokens: int = 10_485_760
     checkpoint_interval: int = 1000
+    eval_interval: int = 250
 
 
 # 9,882,304,512 tokens are the 18,849 whole updates in one epoch of FineWeb-Edu sample-10BT.
 EPOCH = 18_849 * 524_288
 
 SIZES = {
-    "nano": Size(4, 4, 128, 256, 2048, 32, 1_024_000, 5e-4, 100, 65_536, 250),
+    # All of HellaSwag takes a CPU minutes, every time.
+    "nano": Size(4, 4, 128, 256, 2048, 32, 1_024_000, 5e-4, 100, 65_536, 250, eval_interval=0),
     "124m": Size(12, 12, 768, 1024, 524_288, 16, EPOCH, 6e-4),
     "350m": Size(24, 16, 1024, 1024, 524_288, 8, EPOCH, 3e-4),
     "774m": Size(36, 20, 1280, 1024, 524_288, 4, EPOCH, 2.5e-4),

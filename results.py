@@ -19,12 +19,14 @@ from logs import run_directory
 from metrics import (
     Points,
     Run,
+    aligned,
     is_number,
     is_share,
     least,
     newest_run,
     points,
     read_run,
+    score_text,
     scores,
     short,
 )
@@ -64,16 +66,8 @@ def report(directories: list[Path], samples: int = 1) -> None:
 
 
 def table(runs: list[Run]) -> str:
-    """Return the summary as an aligned Markdown table, a row a run; "-" stands for the unknown."""
-    rows = [_row(run) for run in runs]
-    # Columns that no run can fill would only widen the table.
-    names = dict.fromkeys(name for row in rows for name in row)
-    names = [name for name in names if any(row.get(name) for row in rows)]
-    cells = [names, *([row.get(name) or "-" for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells)
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+    """Return the summary as an aligned Markdown table, a row a run."""
+    return aligned([_row(run) for run in runs])
 
 
 def _row(run: Run) -> dict[str, str]:
@@ -101,13 +95,9 @@ def _row(run: Run) -> dict[str, str]:
 
 
 def _best(metric: str, score: Points) -> str:
-    """Return the best value of a score with its standard error; shares in percent."""
-    share = is_share(metric)
-    best = score.values.argmax() if share else score.values.argmin()
-    scale, digits = (100, 2) if share else (1, 4)
-    error = score.errors[best] * scale
-    spread = f" ± {error:.{digits}f}" if error else ""
-    return f"{score.values[best] * scale:.{digits}f}{spread}{' %' if share else ''}"
+    """Return the best value of a score with its standard error."""
+    best = score.values.argmax() if is_share(metric) else score.values.argmin()
+    return score_text(metric, float(score.values[best]), float(score.errors[best]))
 
 
 def print_samples(runs: list[Run], count: int) -> None:

@@ -52,7 +52,7 @@ class DownloadBar(tqdm):
 
 
 class EvaluationBar(tqdm):
-    """Examples or windows scored; disappears when done."""
+    """Examples or windows scored, a second too; disappears when done."""
 
     def __init__(self, description: str, total: int, unit: str, disable: bool = False):
         super().__init__(
@@ -66,7 +66,7 @@ class EvaluationBar(tqdm):
 
 
 class TrainingBar:
-    """Updates done, with loss, tokens per second, MFU where the peak is known, and time left.
+    """Updates done, with loss, tokens per second, MFU where the peak is known, time left, score.
 
     The clock runs from `start` on, except inside `paused`; one process only draws the bar.
     """
@@ -85,6 +85,7 @@ class TrainingBar:
         self._peak_speed = peak_speed
         self._counted = 0.0
         self._started: float | None = None
+        self._score = ""
         self._bar = tqdm(
             desc="training",
             total=total,
@@ -132,8 +133,13 @@ class TrainingBar:
             shown = [f"loss {loss:.3f}", f"{tqdm.format_sizeof(self.tokens_per_second)} tokens/s"]
             shown += [f"MFU {self.mfu:.1%}"] if self.mfu is not None else []
             shown += [f"{tqdm.format_interval(left)} left"]
+            shown += [self._score] if self._score else []
             self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
+
+    def show_score(self, score: str) -> None:
+        """Show a benchmark's latest score beside the bar from the next update on."""
+        self._score = score
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""

@@ -33,8 +33,10 @@ from distributed import (
     sum_over_ranks,
     synchronize,
 )
+from evaluation import evaluate, headline
 from files import write_atomically
 from fineweb import training_batches, validation_batch_count, validation_batches
+from in_loop_evals import sentence
 from manifests import manifest_digest
 from model import IGNORED
 from optim import lr_at, schedule, set_rates
@@ -47,11 +49,12 @@ from tqdm_bars import EvaluationBar
 from trainer import Trainer, begin
 
 
-def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> int:
+def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> tuple[int, bool]:
     """Train until update config.train.updates, from scratch or from checkpoint `resumed`.
 
-    Returns the step reached, which is less when a signal asked for it: then a checkpoint has been
-    written there. Raises UserError, before the weights are touched, when numbers are not finite.
+    Returns the step reached and whether the run is complete. It is not when a signal asked to stop:
+    then a checkpoint has been written, at the last step too, where measurements are still missing.
+    Raises UserError, before the weights are touched, when numbers are not finite.
     """
     with stop_requests(quiet=not world.is_main) as asked:
         trainer, start = begin(config, run, world, resumed, asked)
@@ -70,7 +73,7 @@ def train(config: Config, run: Path, world: World, resumed: Path | None = None) 
                     break
                 loss, norm = update(trainer, next(batches), step + 1)
                 record_update(trainer, step + 1, loss, norm)
-    return step
+    return step, not trainer.stopping
 
 
 def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[float, float]:
@@ -171,7 +174,7 @@ def record_update(trainer: Trainer, step: int, loss: float, norm: float) -> None
 
 
 def measure(trainer: Trainer, step: int) -> None:
-    """Do what is due after `step` updates: validate, sample, save a checkpoint.
+    """Do what is due after `step` updates: validate, score benchmarks, sample, save a checkpoint.
 
     A request to stop leaves it undone, for when the run is resumed.
     """
@@ -179,11 +182,18 @@ def measure(trainer: Trainer, step: int) -> None:
     epoch = len(trainer.data) // windows_per_update(trainer.config)
     saves = step > 0 and (_every(train.checkpoint_interval, step) or step % epoch == 0)
     saves = saves or step == trainer.total
-    if not (saves or step == 0 or _every(train.val_interval, step)):
+    validates = saves or step == 0 or _every(train.val_interval, step)
+    # At step 0 as at all multiples, and in the end.
+    scores = _every(train.eval_interval, step) or step == trainer.total
+    scores = scores and bool(trainer.benchmarks)
+    if not (validates or scores):
         return
     synchronize(trainer.world.device)
     with trainer.bar.paused():
-        record_validation(trainer, step)
+        if validates:
+            record_validation(trainer, step)
+        if scores and not trainer.stopping:
+            record_scores(trainer, step)
         if trainer.stopping:
             return
         if (saves or step == 0) and trainer.world.is_main:
@@ -219,6 +229,30 @@ def record_validation(trainer: Trainer, step: int) -> None:
     trainer.bar.write(f"step {step:>6}: validation loss {loss:.4f}{per_byte}")
     if trainer.world.is_main:
         logs.append_metrics(trainer.run, line)
+
+
+def record_scores(trainer: Trainer, step: int) -> None:
+    """Score the benchmarks, write an eval line each and print it above the bar.
+
+    A request to stop ends it, and sets `stopping`, without a line for what was not finished.
+    """
+    for benchmark in trainer.benchmarks:
+        task = benchmark.task
+        result = evaluate(trainer.scorer, task, benchmark.plan, trainer.asked.is_set)
+        trainer.stopping = result is None
+        if trainer.stopping:
+            return
+        latest = {task.name: {"step": step, **result.metrics}}
+        trainer.losses["scores"] = (trainer.losses["scores"] or {}) | latest
+        trainer.bar.write(f"step {step:>6}: {sentence(benchmark, result.metrics)}")
+        # The first benchmark is the one to watch.
+        if benchmark is trainer.benchmarks[0]:
+            trainer.bar.show_score(f"{task.name} {headline(task, result.metrics)}")
+        if trainer.world.is_main:
+            line = {"kind": "eval", "step": step}
+            line |= {"tokens": step * trainer.config.train.tokens_per_update, "task": task.name}
+            line |= {"examples": result.examples, **result.metrics, "seconds": result.seconds}
+            logs.append_metrics(trainer.run, line)
 
 
 @torch.no_grad()
@@ -271,7 +305,7 @@ def write_samples(trainer: Trainer, step: int) -> None:
 
 
 def save_unmeasured(trainer: Trainer, step: int) -> None:
-    """Save where a signal stopped the run; if a validation is due, resuming begins with it."""
+    """Save where a signal stopped the run; if a measurement is due, resuming begins with it."""
     trainer.losses |= {"val_loss": None, "bits_per_byte": None}
     with trainer.bar.paused():
         save_checkpoint(trainer, step)

@@ -13,10 +13,15 @@ import logs
 from config import Config, UserError, accumulation_steps, flops_per_token, identity_digest
 from distributed import World, compile_module, distribute, peak_flops, pick_dtype
 from fineweb import FineWebEdu
+from in_loop_evals import Benchmark, open_benchmarks
 from manifests import find_data, manifest_digest
 from model import GPT
 from optim import build_optimizers
+from scoring import Scorer
 from tqdm_bars import TrainingBar
+
+# What state.json says of the model; its scores are by benchmark, each with the step they are of.
+MEASURED = ("train_loss", "val_loss", "bits_per_byte", "scores")
 
 
 @dataclass
@@ -39,7 +44,10 @@ class Trainer:
     dtype: torch.dtype
     total: int
     bar: TrainingBar
-    # Training seconds before this process started, and the last losses, for state.json.
+    # What is scored on the way, and by what; nothing, where train.eval_interval is 0.
+    benchmarks: list[Benchmark]
+    scorer: Scorer | None
+    # Training seconds before this process started, and the last losses and scores, for state.json.
     earlier_seconds: float = 0.0
     losses: dict[str, Any] = field(default_factory=dict)
     # Set by a signal to this process; `stopping` when all processes have agreed to stop.
@@ -76,10 +84,12 @@ def begin(
         checkpoint.load_optimizers(resumed, model, optimizers)
     compiled = compile_module(model, config.train.compile, world)
     start, total = state["step"], config.train.updates
-    losses = {name: state.get(name) for name in ("train_loss", "val_loss", "bits_per_byte")}
+    losses = {name: state.get(name) for name in MEASURED}
     if world.is_main:
         _tidy(config, run, start, losses["val_loss"] is not None)
         logs.write_environment(run, start, _facts(config, world, dtype, directory))
+    benchmarks = open_benchmarks(config, train_data.stream.tokenizer, world)
+    scorer = Scorer(model, world, dtype, config.train.compile) if benchmarks else None
     trainer = Trainer(
         config,
         run,
@@ -93,18 +103,20 @@ def begin(
         dtype,
         total,
         # The bar is drawn here, so that whatever fails to begin has a line of its own.
-        TrainingBar(
-            start,
-            total,
-            config.train.tokens_per_update,
-            _peak_speed(config, world),
-            disable=not world.is_main,
-        ),
+        _bar(start, config, world),
+        benchmarks,
+        scorer,
         earlier_seconds=state["seconds"],
         losses=losses,
         asked=asked,
     )
     return trainer, start
+
+
+def _bar(start: int, config: Config, world: World) -> TrainingBar:
+    train, peak = config.train, _peak_speed(config, world)
+    disable = not world.is_main
+    return TrainingBar(start, train.updates, train.tokens_per_update, peak, disable=disable)
 
 
 def _tidy(config: Config, run: Path, start: int, measured: bool) -> None:

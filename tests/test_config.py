@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,27 @@ import main
 import recipes
 from command_line import parse
 from config import Config, UserError, replace
+from config_file import from_json, to_json
 from model import GPT
 
 
-@given(st.integers(1, 64), st.floats(1e-6, 1.0), st.sampled_from(["adamw", "muon"]), st.text())
-def test_json_round_trip(layers, lr, optimizer, name):
+@given(
+    st.integers(1, 64),
+    st.floats(1e-6, 1.0),
+    st.sampled_from(["adamw", "muon"]),
+    st.text(),
+    st.lists(st.text()).map(tuple),
+)
+def test_json_round_trip(layers, lr, optimizer, name, tasks):
     changes = {
+        "train.eval_tasks": tasks,
         "model.n_layer": layers,
         "optim.lr": lr,
         "optim.optimizer": optimizer,
         "name": name,
     }
     config = replace(Config(), changes)
-    assert c.from_json(c.to_json(config)) == config
+    assert from_json(to_json(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -37,6 +46,10 @@ def test_json_round_trip(layers, lr, optimizer, name):
         ({"model": {"n_layer": "three"}}, "model.n_layer cannot be 'three'"),
         ({"train": {"order": "random"}}, "train.order cannot be 'random'"),
         ({"train": {"seed": True}}, "train.seed cannot be True"),
+        ({"train": {"eval_tasks": ["lambada", 3]}}, "train.eval_tasks cannot be ['lambada', 3]"),
+        ({"train": {"eval_tasks": "lambada"}}, "train.eval_tasks cannot be 'lambada'"),
+        ({"train": {"eval_interval": -1}}, "train.eval_interval must not be negative"),
+        ({"train": {"eval_limit": 0}}, "train.eval_limit must be 1 or more"),
         ({"model": 3}, "model. should be a JSON object"),
         ({"model": {"n_head": 7}}, "must be a multiple of model.n_head 7"),
     ],
@@ -45,10 +58,10 @@ def test_a_config_that_does_not_fit_is_one_sentence(change, sentence):
     raw = dataclasses.asdict(Config())
     for key, value in change.items():
         raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
-    with pytest.raises(UserError, match=sentence.replace(".", r"\.")):
-        c.from_json(json.dumps(raw))
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        from_json(json.dumps(raw))
     with pytest.raises(UserError, match="not valid JSON"):
-        c.from_json("{")
+        from_json("{")
 
 
 def test_every_field_has_a_one_line_doc():
@@ -104,6 +117,34 @@ def test_identity_is_what_the_run_is():
     ]
 
 
+def test_what_is_evaluated_on_the_way_leaves_the_identity_as_it_was():
+    """The digests are those of versions that had no benchmarks: their runs can be continued."""
+    assert c.identity_digest(Config()) == "fb60ba8258676be7"
+    assert c.identity_digest(recipes.build("gpt2")) == "585140382d1ec5d4"
+    assert c.identity_digest(recipes.build("quickstart")) == "a2d81727a5588e30"
+    changes = {"eval_interval": 10, "eval_tasks": ("lambada", "cbt"), "eval_limit": 100}
+    changed = replace(Config(), {f"train.{name}": value for name, value in changes.items()})
+    assert c.identity_digest(changed) == c.identity_digest(Config())
+    assert c.changed_identity(Config(), changed) == []
+
+
+def test_a_config_from_before_there_were_benchmarks_goes_on_without():
+    raw = json.loads(to_json(recipes.build("gpt2")))
+    for name in ("eval_interval", "eval_tasks", "eval_limit"):
+        del raw["train"][name]
+    config = from_json(json.dumps(raw))
+    assert config == replace(recipes.build("gpt2"), {"train.eval_interval": 0})
+
+
+def test_benchmarks_on_the_command_line():
+    default = main.Arguments()
+    typed = ["--train.eval-tasks", "hellaswag", "wikitext", "--train.eval-interval", "50"]
+    train = parse(main.Arguments, [*typed, "--train.eval-limit", "100"], default).train
+    assert (train.eval_tasks, train.eval_interval) == (("hellaswag", "wikitext"), 50)
+    assert train.eval_limit == 100
+    assert parse(main.Arguments, ["--train.eval-tasks"], default).train.eval_tasks == ()
+
+
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 @pytest.mark.parametrize("size", recipes.SIZES)
 def test_every_recipe_runs_at_every_size(recipe, size):
@@ -124,6 +165,8 @@ def test_the_flagship_has_the_settings_it_is_known_by():
     assert (config.optim.weight_decay, config.optim.final_lr) == (0.1, 0.1)
     assert config.train.order == "sequential"
     assert config.train.tokens // config.train.tokens_per_update == 18_849
+    assert (config.train.eval_interval, config.train.eval_tasks) == (250, ("hellaswag",))
+    assert recipes.build("gpt2", "nano").train.eval_interval == 0
 
 
 def test_unknown_names_suggest_the_nearest():
@@ -148,21 +191,22 @@ FIELDS = st.sampled_from(sorted(c.flatten(Config())))
 @given(st.text() | JSON.map(json.dumps))
 def test_whatever_a_config_file_holds_a_mistake_is_one_sentence(text):
     with contextlib.suppress(UserError):
-        c.from_json(text)
+        from_json(text)
 
 
 @given(FIELDS, JSON)
 def test_any_value_in_any_field_is_taken_whole_or_refused_by_name(name, value):
-    raw = json.loads(c.to_json(Config()))
+    raw = json.loads(to_json(Config()))
     group, _, leaf = name.rpartition(".")
     (raw[group] if group else raw)[leaf] = value
     try:
-        config = c.from_json(json.dumps(raw))
+        config = from_json(json.dumps(raw))
     except UserError as error:
         assert "\n" not in str(error) and leaf in str(error)
     else:
-        assert c.flatten(config)[name] == value
-        assert c.from_json(c.to_json(config)) == config
+        taken = c.flatten(config)[name]
+        assert (list(taken) if isinstance(taken, tuple) else taken) == value
+        assert from_json(to_json(config)) == config
 
 
 @given(st.lists(FIELDS.map(lambda name: f"--{name.replace('_', '-')}") | st.text(), max_size=4))
@@ -177,4 +221,4 @@ def test_whatever_is_typed_a_mistake_is_one_sentence(words):
 
 def test_json_nested_too_deeply_is_a_mistake_too():
     with pytest.raises(UserError, match="not valid JSON"):
-        c.from_json("[" * 100_000)
+        from_json("[" * 100_000)

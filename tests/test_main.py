@@ -47,6 +47,18 @@ def test_size_then_recipe_then_command_line(data, tmp_path, monkeypatch):
     assert main.resolve(["--data", str(data), "--size", "nano"]).run.name == "gpt2-nano"
 
 
+def test_benchmarks_are_known_before_anything_starts(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(data), "--size", "nano", "--train.eval-tasks", "hellaswag", "wikitex"]
+    with pytest.raises(UserError, match=r"no benchmark 'wikitex'; did you mean wikitext"):
+        main.resolve(words)
+    assert main.resolve([*words[:-1], "wikitext"]).config.train.eval_tasks == (
+        "hellaswag",
+        "wikitext",
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_then_resume_with_another_micro_batch_then_refuse_another_model(data, tmp_path):
     done = script("main.py", *small(data), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

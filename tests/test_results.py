@@ -1,7 +1,9 @@
 """Run directories to table, figure and text, on runs written by hand."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import config
+import config_file
 import figures
 import logs
 import metrics
@@ -29,7 +32,7 @@ def write_run(
     run.mkdir(parents=True)
     changes = {"name": name, "data": data, "train.updates": updates, "train.micro_batch": 1}
     resolved = config.replace(Config(), changes)
-    (run / "config.json").write_text(config.to_json(resolved))
+    (run / "config.json").write_text(config_file.to_json(resolved))
     lines = []
     for step in range(5):
         at = {"step": step, "tokens": step * 524288}
@@ -87,7 +90,7 @@ def test_table_values(tmp_path):
         "last val loss": "6.5000",
         "least bits per byte": "1.5625 at 3",
         "best hellaswag acc_norm": "29.00 ± 0.46 %",
-        "best wikitext perplexity": "86.0000",
+        "best wikitext perplexity": "86.00",
         "training hours": "0.01",
         "tokens/s": "58.3K",
     }
@@ -118,7 +121,7 @@ def test_length_in_epochs_or_tokens(tmp_path):
     path = write_run(tmp_path, updates=None)
     assert metrics.read_run(path).progress == "4 of 18,849"
     changed = config.replace(logs.read_config(path), {"train.epochs": 2.0})
-    (path / "config.json").write_text(config.to_json(changed))
+    (path / "config.json").write_text(config_file.to_json(changed))
     assert metrics.read_run(path).progress == "4 (2 epochs)"
 
 
@@ -154,6 +157,71 @@ def test_right_panel_shows_scores_when_present(tmp_path):
     # Not a share of right answers, so not on an axis of percent.
     assert "perplexity" not in figure_text(with_scores)
     assert "gradient norm" in figure_text(without) and "right answers" not in figure_text(without)
+
+
+def evaluate(run: Path, task: str, examples: int, **scores: float) -> None:
+    """Add eval lines at steps 0 and 4 as training writes them; the later is better by 0.01."""
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, better in ((0, 0.0), (4, 0.01)):
+            line = {"kind": "eval", "step": step, "tokens": step * 524288, "task": task}
+            line |= {"examples": examples}
+            for name, value in scores.items():
+                gain = -better if "perplexity" in name or "bits" in name else better
+                line |= {name: value + gain, f"{name}_stderr": 0.0045}
+            file.write(json.dumps({**line, "seconds": 12.5}) + "\n")
+
+
+@pytest.fixture
+def scored(tmp_path) -> Path:
+    """A run on FineWeb-Edu that was scored on all four benchmarks."""
+    run = write_run(tmp_path, data="fineweb-edu")
+    evaluate(run, "hellaswag", 10_042, acc=0.27, acc_norm=0.29)
+    evaluate(run, "lambada", 5153, acc=0.2, acc_no_stop_words=0.25, perplexity=70.0)
+    evaluate(run, "cbt", 5000, cn_acc=0.7, ne_acc=0.5, acc=0.6, acc_full=0.4)
+    perplexities = {"word_perplexity": 40.0, "bits_per_byte": 1.25, "token_perplexity": 30.0}
+    evaluate(run, "wikitext", 62, **perplexities)
+    return run
+
+
+def test_one_score_of_each_task_is_drawn(scored):
+    figures.draw([metrics.read_run(scored)])
+    legend = re.findall(r"<!-- ((?:hellaswag|lambada|cbt|wikitext).*?) -->", figure_text(scored))
+    assert legend == ["hellaswag acc_norm", "lambada acc", "cbt acc"]
+
+
+def test_the_table_has_every_score_with_its_error(scored):
+    (row,) = cells(results.table([metrics.read_run(scored)]))
+    assert row["best hellaswag acc"] == "28.00 ± 0.45 %"
+    assert row["best hellaswag acc_norm"] == "30.00 ± 0.45 %"
+    assert row["best lambada perplexity"] == "69.99 ± 0.00"
+    assert row["best cbt acc_full"] == "41.00 ± 0.45 %"
+    assert row["best wikitext bits_per_byte"] == "1.2400 ± 0.0045"
+    assert not any("seconds" in name or "examples" in name for name in row)
+
+
+def test_published_scores_stand_beside_all_of_hellaswag_only(scored):
+    run = metrics.read_run(scored)
+    figures.draw([run])
+    assert "GPT-3 125M, 33.7" in figure_text(scored)
+    evaluate(scored, "hellaswag", 100, acc_norm=0.3)
+    figures.draw([metrics.read_run(scored)])
+    assert "GPT-3 125M, 33.7" not in figure_text(scored)
+    assert f"{PUBLISHED}, 3.292" in figure_text(scored)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "error", "text"),
+    [
+        ("acc_norm", 0.29412, 0.00454, "29.41 ± 0.45 %"),
+        ("acc", 1.0, 0.0, "100.00 %"),
+        ("word_perplexity", 37.3704, 0.31, "37.37 ± 0.31"),
+        ("bits_per_byte", 1.04321, 0.00412, "1.0432 ± 0.0041"),
+        ("perplexity", 1_234_567.0, 9_876.0, "1.23e+06 ± 9.88e+03"),
+        ("perplexity", math.inf, math.nan, "inf"),
+    ],
+)
+def test_a_score_in_words(metric, value, error, text):
+    assert metrics.score_text(metric, value, error) == text
 
 
 def test_overlay_names_every_run(tmp_path):

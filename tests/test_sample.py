@@ -12,7 +12,8 @@ import torch
 import checkpoint
 import sample
 from command_line import run_script
-from config import Config, ModelConfig, TrainConfig, UserError, to_json
+from config import Config, ModelConfig, TrainConfig, UserError
+from config_file import to_json
 from generate import choose, distribution, generate, next_logits, row_generator
 from model import GPT, KVCache
 from sample import Options, continuations

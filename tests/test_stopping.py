@@ -111,6 +111,16 @@ def test_stopped_where_a_validation_is_due_it_begins_with_that(data, straight, t
     assert_same_end(run, straight, 60)
 
 
+def test_a_signal_in_the_last_update_leaves_its_measurements_to_be_made(data, tmp_path):
+    config = long_config(data, tmp_path, 6)
+    run = tmp_path / config.name
+    logs.create_run(run, config)
+    _signal_in_update(6, config, run)
+    assert checkpoint.read_state(checkpoint.newest(run))["val_loss"] is None
+    assert train(config, run, ALONE, checkpoint.newest(run)) == (6, True)
+    assert checkpoint.read_state(checkpoint.newest(run))["val_loss"] > 0
+
+
 def _signal_in_update(step: int, config: Config, run: Path) -> None:
     calls = 0
     forward = GPT.forward
@@ -126,7 +136,7 @@ def _signal_in_update(step: int, config: Config, run: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", patched)
-        assert train(config, run, ALONE) == step
+        assert train(config, run, ALONE) == (step, False)
 
 
 @pytest.mark.parametrize("waiting", ["time.sleep(60)", "lock.acquire(); lock.acquire(timeout=60)"])

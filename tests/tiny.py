@@ -11,21 +11,26 @@ import numpy as np
 
 from config import Config, ModelConfig, OptimConfig, TrainConfig
 from manifests import Manifest
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, Tokenizer
 from writer import ShardWriter
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz."
+CHARACTERS = CharTokenizer(ALPHABET)
 
 
-def make_data(directory: Path, documents: int = 60, shard_tokens: int = 4000) -> Path:
-    """Write shards of made-up words over a small alphabet, a training and a validation split."""
+def make_data(
+    directory: Path,
+    documents: int = 60,
+    shard_tokens: int = 4000,
+    tokenizer: Tokenizer = CHARACTERS,
+) -> Path:
+    """Write shards of made-up words, a training and a validation split."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = CharTokenizer(ALPHABET)
     manifest = Manifest(
         name="tiny",
-        tokenizer="char",
-        alphabet=ALPHABET,
+        tokenizer=tokenizer.name,
+        alphabet=getattr(tokenizer, "alphabet", None),
         vocab_size=tokenizer.vocab_size,
         source={"kind": "test"},
         shard_tokens=shard_tokens,
@@ -123,5 +128,6 @@ def fields(config: Config) -> list[str]:
         for name in getattr(config, group).__dataclass_fields__:
             value = getattr(getattr(config, group), name)
             if value is not None:
-                options += [f"--{group}.{name.replace('_', '-')}", str(value)]
+                words = value if isinstance(value, tuple) else (value,)
+                options += [f"--{group}.{name.replace('_', '-')}", *map(str, words)]
     return options

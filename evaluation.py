@@ -1,0 +1,74 @@
+"""One benchmark with one model, from its requests to its metrics, behind a bar.
+
+    evaluate(scorer, task, plan) -> Result(metrics, facts, seconds)
+
+Training does this every so often, and evaluate.py for a model that is done.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmark import Task
+from likelihood import Scores
+from metrics import is_share
+from packing import Plan
+from scoring import Scorer
+from tqdm_bars import EvaluationBar
+
+# Seconds between two looks at the running score.
+RENEWAL = 0.5
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a benchmark; `facts` has what was found of each example, in their order."""
+
+    task: str
+    metrics: dict[str, float]
+    facts: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def examples(self) -> int:
+        """How many examples were scored: all that the task has."""
+        return len(self.facts)
+
+
+def evaluate(
+    scorer: Scorer, task: Task, plan: Plan, asked: Callable[[], bool] | None = None
+) -> Result | None:
+    """Score a task's requests, laid out in `plan`; the same result on every rank.
+
+    Where `asked` is given, it is called after each batch on every rank, and None is returned soon
+    after it was true on one.
+    """
+    began = shown = time.perf_counter()
+    found: list[dict[str, Any]] = []
+    size, count = scorer.world.size, len(task.requests)
+    with EvaluationBar(task.name, count, "example", not scorer.world.is_main) as bar:
+
+        def progress(done: list[int], scores: list[Scores]) -> bool:
+            nonlocal shown
+            found.extend(task.judge(task.examples[i], s) for i, s in zip(done, scores, strict=True))
+            if found and time.perf_counter() - shown > RENEWAL:
+                shown = time.perf_counter()
+                bar.set_postfix_str(headline(task, task.summarize(found)), refresh=False)
+            # The other ranks are about as far with their examples.
+            bar.update(min(len(done) * size, count - bar.n))
+            return asked() if asked is not None else False
+
+        scores = scorer.score(plan, task.excluded, progress)
+    if scores is None:
+        return None
+    facts = [task.judge(e, s) for e, s in zip(task.examples, scores, strict=True)]
+    return Result(task.name, task.summarize(facts), facts, time.perf_counter() - began)
+
+
+def headline(task: Task, metrics: dict[str, float]) -> str:
+    """Return the metric to watch in a few characters, such as "acc_norm 29.4%"; or ""."""
+    value = metrics.get(task.headline)
+    if value is None:
+        return ""
+    return f"{task.headline} " + (f"{value:.1%}" if is_share(task.headline) else f"{value:.4g}")
