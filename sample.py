@@ -129,26 +129,36 @@ def read_prompt(prompt: str) -> str:
 def load(source: str, runs_dir: str = "runs") -> tuple[GPT, Tokenizer, bool]:
     """Return (model on the CPU, its tokenizer, whether its documents begin with <|endoftext|>).
 
-    A run, by path or name, stands for its newest checkpoint and comes before a hub model of the
-    same name. Raises UserError when there is no such model or it cannot be read.
+    Raises UserError when there is no such model, as `find` does, or it cannot be read.
     """
-    if (Path(source) / "state.json").is_file():
-        return _load_checkpoint(Path(source))
-    if hf.is_saved_model(Path(source)):
-        return _load_hf(source)
+    found = find(source, runs_dir)
+    if isinstance(found, Path) and not hf.is_saved_model(found):
+        return _load_checkpoint(found)
+    return _load_hf(str(found))
+
+
+def find(source: str, runs_dir: str = "runs") -> Path | str:
+    """Return the directory of a checkpoint or of a transformers model, or the name of a hub model.
+
+    A run, by path or name, stands for its newest checkpoint and comes before a hub model of the
+    same name. Raises UserError when there is no such model.
+    """
+    path = Path(source)
+    if (path / "state.json").is_file() or hf.is_saved_model(path):
+        return path
     try:
         run = run_directory(source, runs_dir)
     except UserError as error:
         if source in hf.HUB_NAMES:
-            return _load_hf(source)
+            return source
         raise UserError(
             f"{error} Nor is it a checkpoint, a directory saved by transformers, "
             f"or one of {', '.join(hf.HUB_NAMES)}."
         ) from None
-    path = checkpoint.newest(run)
-    if path is None:
+    newest = checkpoint.newest(run)
+    if newest is None:
         raise UserError(f"The run {run} has no complete checkpoint yet.")
-    return _load_checkpoint(path)
+    return newest
 
 
 def _load_checkpoint(path: Path) -> tuple[GPT, Tokenizer, bool]:

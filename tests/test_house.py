@@ -11,12 +11,14 @@ from tests.conftest import ROOT
 
 # From the bottom to the top; a module imports only modules that stand before it.
 ORDER = (
-    *("config", "command_line", "recipes", "files", "tokenizer", "left_out", "manifests"),
-    *("writer", "shards", "tqdm_bars", "orders", "documents", "verify"),
+    *("config", "config_file", "command_line", "recipes", "files", "tokenizer", "left_out"),
+    *("manifests", "writer", "shards", "tqdm_bars", "orders", "documents", "verify"),
     *("download", "chunks", "pydocs", "sources", "workers", "preparation", "load_fineweb"),
-    *("logs", "metrics", "figures", "signals"),
+    *("likelihood", "benchmark", "hellaswag", "lambada", "cbt", "wikitext", "tasks", "packing"),
+    *("logs", "metrics", "figures", "published", "signals"),
     *("model", "optim", "distributed", "fineweb", "checkpoint", "hf"),
-    *("generate", "sample", "trainer", "train", "results", "main"),
+    *("generate", "sample", "scoring", "evaluation", "in_loop_evals", "trainer", "train"),
+    *("lm_eval_adapter", "evaluate", "results", "main"),
 )
 WITHOUT_TORCH = (*ORDER[: ORDER.index("model")], "results", "main")
 
