@@ -13,17 +13,15 @@ the other, and for both shuffles a stored permutation of all windows.
 import bisect
 import contextlib
 import itertools
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from bench.processes import in_fresh_process, peak, reset_peak
 from bench.record import report
 from config import Config, replace
 from distributed import World
@@ -36,7 +34,6 @@ from tokenizer import GPT2Tokenizer
 
 LENGTH, WINDOWS = 1024, 512
 ORDERS = ("sequential", "shuffle_documents", "shuffle_windows")
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,6 @@ def main() -> None:
 
 
 Figures = tuple[float, float, float]
-
-
-def in_fresh_process(
-    function: Callable[[str, str, int], Figures], directory: str, order: str, updates: int
-) -> Figures:
-    """Return what `function` measures in a process that has done nothing else."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, directory, order, updates).result()
 
 
 def measure(directory: str, order: str, updates: int) -> Figures:
@@ -134,25 +122,6 @@ def measure_plainly(directory: str, order: str, updates: int) -> Figures:
         batch(update)
     seconds = time.perf_counter() - start
     return 1e3 * first, memory / 1e6, updates * WINDOWS * LENGTH / seconds
-
-
-def reset_peak() -> int:
-    """Begin to measure the peak anew, where the system can; returns the memory in use, bytes."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def peak() -> int:
-    """Return the most memory this process has had resident, bytes."""
-    return status("VmHWM")
-
-
-def status(field: str) -> int:
-    """Return a figure of the process's memory, bytes; 0 where the system tells none."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return 1024 * int(found[0]) if found else 0
 
 
 def make_data(directory: Path, arguments: Arguments) -> None:
