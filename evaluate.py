@@ -39,14 +39,13 @@ BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 65536}
 class Options:
     """Score models on HellaSwag, LAMBADA, the Children's Book Test and WikiText."""
 
-    """Score models on HellaSwag, LAMBADA, the Children's Book Test and WikiText."""
-
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|HF_NAME ...")
     ]
     """Runs, checkpoint directories, gpt2[-medium|-large|-xl], or directories of transformers."""
     tasks: tuple[str, ...] = ("hellaswag", "lambada", "cbt", "wikitext")
-    """Benchmarks by name; tasks.py lists them."""
+    """hellaswag[-cleaned|-train|-test], lambada[-standard], cbt[-detokenized|-verbs|-prepositions],
+    wikitext[-valid|-103|-103-valid]."""
     lm_eval: str = ""
     """Tasks of lm-evaluation-harness instead, with commas between them (pip install lm_eval)."""
     limit: int | None = None

@@ -37,8 +37,6 @@ from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 class Options:
     """Write text that continues a prompt."""
 
-    """Write text that continues a prompt."""
-
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|HF_NAME")]
     """A run, a checkpoint directory, gpt2[-medium|-large|-xl], or a directory of transformers."""
     prompt: str

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import UserError
 from distributed import World, any_over_ranks, autocast, compile_module, sum_over_ranks
 from likelihood import Scores
 from model import GPT
@@ -42,7 +43,8 @@ class Scorer:
     ) -> list[Scores] | None:
         """Return the scores of every request in the plan, or None if `on_progress` stopped it.
 
-        `excluded` are the ids with which an ending cannot begin in `Scores.greedy_filtered`.
+        `excluded` are the ids with which an ending cannot begin in `Scores.greedy_filtered`. Raises
+        UserError when they are not finite.
         """
         world, batches = self.world, plan.batches
         sums = np.zeros((int(plan.first_slots[-1]), 4))
@@ -68,6 +70,11 @@ class Scorer:
         # MPS has no float64, but then there is nobody to add up with.
         device = world.device if world.size > 1 else "cpu"
         sums = sum_over_ranks(torch.from_numpy(sums).to(device)).cpu().numpy()
+        if not np.isfinite(sums).all():
+            raise UserError(
+                "The model's log-likelihoods are not numbers: its weights have diverged. Take an "
+                "earlier checkpoint."
+            )
         return [_scores(plan, sums, i) for i in range(len(waiting))]
 
     def _add(self, batch: Batch, head: "_Head", sums: np.ndarray) -> None:
@@ -111,9 +118,7 @@ class _Head:
         # softmax as it is. Logits of OpenAI's models lie around -100, where bfloat16 has steps of
         # 0.5; without what they have in common they are small, and so are their rounding errors.
         self.shift = self.weight[: self.vocab_size].mean(0)
-        self.rounded = self.weight
-        if dtype != torch.float32:
-            self.rounded = (self.weight - self.shift).to(dtype)
+        self.centred = (self.weight - self.shift).to(dtype)
         self.excluded = None
         if excluded is not None:
             self.excluded = torch.from_numpy(excluded).to(self.weight.device)
@@ -143,10 +148,10 @@ class _Head:
     def _predict(self, x: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (log p, is not likeliest, the same less excluded ids) of targets after states."""
         logits = self.memory[: len(x)]
-        if self.rounded.dtype == torch.float32:
-            torch.mm(x, self.rounded.T, out=logits)
+        if self.centred.dtype == torch.float32:
+            torch.mm(x, self.centred.T, out=logits)
         else:
-            logits.copy_(x.to(self.rounded.dtype) @ self.rounded.T)
+            logits.copy_(x.to(self.centred.dtype) @ self.centred.T)
         logits[:, self.vocab_size :] = -torch.inf
         # The largest value is found much faster than its place, and it is all that is needed.
         top, target_logits = logits.amax(1), logits[rows, targets]
@@ -160,10 +165,8 @@ class _Head:
         total = logits.sub_(top[:, None]).exp_().sum(1)[rows]
         top = top[rows]
         others = (total - (target_logits - top).exp()).clamp(min=0)
-        if self.rounded.dtype != torch.float32:
-            # The target's own logit is cheap to have exactly.
-            target_logits = (x[rows] * (self.weight[targets] - self.shift)).sum(1)
-        above = target_logits - top
+        # The target's own logit is cheap to have without rounding.
+        above = (x[rows] * (self.weight[targets] - self.shift)).sum(1) - top
         logprobs = above - (others + above.exp()).log()
         return logprobs, misses, filtered
 

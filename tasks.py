@@ -28,6 +28,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "lambada-standard": partial(lambada.task, standard=True),
     # Common nouns and named entities; each by two scorings.
     "cbt": cbt.task,
+    "cbt-detokenized": partial(cbt.task, detokenized=True),
     "cbt-verbs": partial(cbt.task, parts=("V",)),
     "cbt-prepositions": partial(cbt.task, parts=("P",)),
     "wikitext": wikitext.task,

@@ -27,7 +27,7 @@ from bench.processes import in_fresh_process, peak, reset_peak
 from bench.record import report
 from benchmark import Task
 from config import ModelConfig
-from distributed import World, autocast, pick_device, synchronize
+from distributed import World, autocast, pick_device
 from evaluate import BATCH_TOKENS
 from likelihood import Request, windows
 from model import GPT
@@ -88,14 +88,12 @@ def measure(name: str, task_name: str, dtype_name: str, count: int, device_name:
     if name != "ours":
         model = GPT(ModelConfig()) if name == REFERENCES[0] else _transformers_model()
         loop = hellaswag_loop if task_name == "hellaswag" else wikitext_loop
-        run = _plain(loop, model.to(device).eval(), task, count)
-    with torch.no_grad(), autocast(device, dtype):
-        run(warm_up=True)
-        before = reset_peak()
-        synchronize(device)
-        start = time.perf_counter()
-        scored = run(warm_up=False)
-        seconds = time.perf_counter() - start
+        run = _plain(loop, model.to(device).eval(), task, count, dtype)
+    run(warm_up=True)
+    before = reset_peak()
+    start = time.perf_counter()
+    scored = run(warm_up=False)
+    seconds = time.perf_counter() - start
     return scored / seconds, (peak() - before) / 1e6
 
 
@@ -126,7 +124,9 @@ def _ours(
     return run
 
 
-def _plain(loop: Callable, model: Any, task: Task, count: int) -> Callable[[bool], float]:
+def _plain(
+    loop: Callable, model: Any, task: Task, count: int, dtype: torch.dtype
+) -> Callable[[bool], float]:
     """Return what scores evenly chosen requests in a reference's loop."""
     parts: list[Any] = task.requests
     if task.name == "wikitext":
@@ -139,7 +139,8 @@ def _plain(loop: Callable, model: Any, task: Task, count: int) -> Callable[[bool
     parts = parts[:: max(len(parts) // count, 1)]
 
     def run(warm_up: bool) -> float:
-        return float(sum(loop(model, part) for part in (parts[:2] if warm_up else parts)))
+        with torch.no_grad(), autocast(next(model.parameters()).device, dtype):
+            return float(sum(loop(model, part) for part in (parts[:2] if warm_up else parts)))
 
     return run
 

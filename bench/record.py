@@ -13,9 +13,9 @@ def report(name: str, unit: str, values: list[float], references: list[float]) -
     value, reference = statistics.median(values), statistics.median(references)
     line = {
         "name": name,
-        "value": round(value),
+        "value": _rounded(value),
         "unit": unit,
-        "reference": round(reference),
+        "reference": _rounded(reference),
         "ratio": round(value / reference, 3),
         "device": _device(),
         "versions": {
@@ -25,6 +25,11 @@ def report(name: str, unit: str, values: list[float], references: list[float]) -
         "commit": _commit(),
     }
     print(json.dumps(line), flush=True)
+
+
+def _rounded(value: float) -> float:
+    """Return a value without figures that say nothing."""
+    return round(value) if abs(value) >= 1000 else float(f"{value:.4g}")
 
 
 def _device() -> str:

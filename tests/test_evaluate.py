@@ -1,6 +1,7 @@
 """The command: from a checkpoint and real file formats to a table and evals.json."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import evaluate
+import logs
 from command_line import parse
 from config import UserError
+from distributed import World
 from published import published
+from tasks import TASKS
 from tests.tiny import make_data, script, tiny_config
 from tokenizer import gpt2_tokenizer
 from train import train
@@ -81,9 +85,6 @@ def run(tmp_path_factory) -> Path:
     shards = make_data(root / "data", shard_tokens=1000, tokenizer=gpt2_tokenizer())
     config = tiny_config(shards, root / "runs", vocab_size=50257, updates=4, block_size=64)
     directory = root / "runs" / "tiny"
-    import logs
-    from distributed import World
-
     logs.create_run(directory, config)
     train(config, directory, World(0, 1, torch.device("cpu")))
     return directory
@@ -208,9 +209,6 @@ def test_a_damaged_record_is_not_written_over(run, here, capsys):
 
 
 def test_a_model_of_characters_is_refused(tmp_path, here, capsys):
-    import logs
-    from distributed import World
-
     config = tiny_config(make_data(tmp_path / "data"), tmp_path / "runs", updates=1)
     logs.create_run(tmp_path / "runs" / "tiny", config)
     train(config, tmp_path / "runs" / "tiny", World(0, 1, torch.device("cpu")))
@@ -225,7 +223,17 @@ def test_published_figures_name_their_protocol():
     assert published("gpt2-xl", "cbt", "ne_acc_full")[0].value == 72.32
 
 
-def test_every_field_has_help():
+def test_help_names_every_benchmark(capsys):
+    with pytest.raises(SystemExit):
+        run_command("--help", capsys=capsys)
+    shown = re.sub(r"[│\s]+", "", capsys.readouterr().out)
+    names = set()
+    for stem, variants in re.findall(r"([a-z]+)\[([-a-z0-9|]+)\]", shown):
+        names |= {stem, *(stem + variant for variant in variants.split("|"))}
+    assert set(TASKS) <= names
+
+
+def test_what_is_scored_unless_told():
     options = parse(evaluate.Options, ["some-run"])
     assert options.tasks == ("hellaswag", "lambada", "cbt", "wikitext")
     assert options.dtype == "float32"

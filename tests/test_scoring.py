@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import ModelConfig
+from config import ModelConfig, UserError
 from distributed import World
 from likelihood import Request, Scores
 from model import GPT
@@ -203,6 +203,15 @@ def test_the_model_comes_back_as_it_was():
     assert model.training and torch.equal(torch.get_rng_state(), generator)
     assert_same(first, score(model.eval(), mixed_requests(5)), 0)
     assert not model.training
+
+
+def test_weights_that_diverged_get_no_scores():
+    """nan is neither more nor less than anything, so that nan could pass for the likeliest."""
+    model = small_model()
+    with torch.no_grad():
+        model.ln_f.weight[3] = torch.nan
+    with pytest.raises(UserError, match="weights have diverged"):
+        score(model, mixed_requests(3))
 
 
 def test_a_stop_ends_it_without_scores():
