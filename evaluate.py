@@ -83,22 +83,47 @@ def main() -> None:
     check_options(options)
     with join_world(options.device) as world:
         sources = [identify(source, options.runs_dir) for source in options.sources]
-        if options.lm_eval:
-            from lm_eval_adapter import run_harness
-
-            run_harness([source.given for source in sources], options.lm_eval, options, world)
-            return
-        rows, tasks = [], {}
         for source in sources:
-            model, tokenizer, _ = load(source.given, options.runs_dir)
-            # Texts are turned into tokens once for all models.
-            for name in dict.fromkeys(options.tasks):
-                if (name, tokenizer.name) not in tasks:
-                    tasks[name, tokenizer.name] = open_together(name, tokenizer, options, world)
-            mine = [tasks[name, tokenizer.name] for name in dict.fromkeys(options.tasks)]
-            rows += score_model(source, model.to(world.device), mine, options, world)
+            # A damaged record shows before the work is done that it could not keep.
+            read_evals(source)
+        if options.lm_eval:
+            by_harness(sources, options, world)
+        else:
+            by_our_tasks(sources, options, world)
+
+
+def by_our_tasks(sources: list[Source], options: Options, world: World) -> None:
+    """Score the models on our own benchmarks."""
+    rows, tasks = [], {}
+    for source in sources:
+        model, tokenizer, _ = load(source.given, options.runs_dir)
+        # Texts are turned into tokens once for all models.
+        for name in dict.fromkeys(options.tasks):
+            if (name, tokenizer.name) not in tasks:
+                tasks[name, tokenizer.name] = open_together(name, tokenizer, options, world)
+        mine = [tasks[name, tokenizer.name] for name in dict.fromkeys(options.tasks)]
+        rows += score_model(source, model.to(world.device), mine, options, world)
+    if world.is_main:
+        print(table(rows))
+
+
+def by_harness(sources: list[Source], options: Options, world: World) -> None:
+    """Score the models on tasks of lm-evaluation-harness, and print its own tables."""
+    import lm_eval_adapter
+
+    tasks = lm_eval_adapter.load_tasks(options.lm_eval, world)
+    for source in sources:
+        model, tokenizer, _ = load(source.given, options.runs_dir)
+        max_length, batch_tokens = lengths(source, model, options, world)
+        scorer, computed = make_scorer(model.to(world.device), max_length, options, world)
+        language_model = lm_eval_adapter.as_language_model(
+            scorer, tokenizer, max_length, batch_tokens
+        )
+        results = lm_eval_adapter.run_harness(language_model, tasks, options.limit)
         if world.is_main:
-            print(table(rows))
+            for name, facts in lm_eval_adapter.kept_results(results).items():
+                keep(source, setting(f"lm-eval {name}", options), facts | computed)
+            print(f"{source.label}\n\n{lm_eval_adapter.results_table(results)}", flush=True)
 
 
 def check_options(options: Options) -> None:
@@ -134,37 +159,52 @@ def score_model(
     source: Source, model: GPT, tasks: list[Task], options: Options, world: World
 ) -> list[dict[str, str]]:
     """Score one model on the tasks; write its evals.json and return its rows of the table."""
-    context = model.config.block_size
-    if options.max_length is not None and options.max_length > context:
-        raise UserError(
-            f"--max-length {options.max_length} is more than the {context} tokens that "
-            f"{source.label} reads at once; lower it or leave it out."
-        )
-    max_length = options.max_length or context
-    batch_tokens = options.batch_tokens or BATCH_TOKENS[world.device.type]
+    max_length, batch_tokens = lengths(source, model, options, world)
     # All that could be wrong with a plan shows before the first one is scored.
     plans = [plan(t.requests, max_length, batch_tokens, model.config.vocab_size) for t in tasks]
-    torch.set_float32_matmul_precision("high" if options.dtype == "tf32" else "highest")
-    dtype = pick_dtype(options.dtype, world.device)
-    scorer, rows = Scorer(model, world, dtype, options.compile), []
+    scorer, computed = make_scorer(model, max_length, options, world)
+    rows = []
     for task, laid_out in zip(tasks, plans, strict=True):
         result = evaluate(scorer, task, laid_out)
         shortened = sum(loses_context(request, max_length) for request in task.requests)
         if world.is_main:
-            facts = record(task, result, shortened) | {
-                "limit": options.limit,
-                "max_length": max_length,
-                "dtype": options.dtype if options.dtype != "auto" else str(dtype)[6:],
-                "device": world.device.type,
-                "world_size": world.size,
-                "torch": torch.__version__,
-            }
+            facts = record(task, result, shortened) | computed
             keep(source, setting(task.name, options), facts)
             if options.log_examples:
                 log_examples(source, setting(task.name, options), result)
             print(summary(source, task, facts), flush=True)
             rows += table_rows(source, task, result)
     return rows
+
+
+def lengths(source: Source, model: GPT, options: Options, world: World) -> tuple[int, int]:
+    """Return the most tokens that the model reads at once, and those in a batch."""
+    context = model.config.block_size
+    if options.max_length is not None and options.max_length > context:
+        raise UserError(
+            f"--max-length {options.max_length} is more than the {context} tokens that "
+            f"{source.label} reads at once; lower it or leave it out."
+        )
+    batch_tokens = options.batch_tokens or BATCH_TOKENS[world.device.type]
+    return options.max_length or context, batch_tokens
+
+
+def make_scorer(
+    model: GPT, max_length: int, options: Options, world: World
+) -> tuple[Scorer, dict[str, Any]]:
+    """Return a model made ready, and what evals.json says of how its scores are computed."""
+    torch.set_float32_matmul_precision("high" if options.dtype == "tf32" else "highest")
+    dtype = pick_dtype(options.dtype, world.device)
+    named = str(dtype).removeprefix("torch.") if options.dtype == "auto" else options.dtype
+    computed = {
+        "limit": options.limit,
+        "max_length": max_length,
+        "dtype": named,
+        "device": world.device.type,
+        "world_size": world.size,
+        "torch": torch.__version__,
+    }
+    return Scorer(model, world, dtype, options.compile), computed
 
 
 def record(task: Task, result: Result, shortened: int) -> dict[str, Any]:
@@ -184,22 +224,30 @@ def record(task: Task, result: Result, shortened: int) -> dict[str, Any]:
 
 def setting(task: str, options: Options) -> str:
     """Return the key of a result: the task, and what makes its number another one."""
-    limit = f" limit={options.limit}" if options.limit is not None else ""
-    length = f" max_length={options.max_length}" if options.max_length is not None else ""
-    return f"{task}{limit}{length}"
+    settings = {"limit": options.limit, "max_length": options.max_length}
+    if options.dtype != "float32":
+        settings["dtype"] = options.dtype
+    given = (f" {name}={value}" for name, value in settings.items() if value is not None)
+    return task + "".join(given)
+
+
+def read_evals(source: Source) -> dict[str, Any]:
+    """Return what evals.json holds so far; raises UserError when it is damaged."""
+    if not source.evals.exists():
+        return {}
+    try:
+        evals = json.loads(source.evals.read_text(encoding="utf-8"))
+        evals.setdefault(source.key, {}).items()
+        return evals
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{source.evals} is damaged ({error}); move it away and evaluate again."
+        ) from None
 
 
 def keep(source: Source, key: str, facts: dict[str, Any]) -> None:
     """Add one result to evals.json; raises UserError when that is damaged or cannot be written."""
-    evals = {}
-    if source.evals.exists():
-        try:
-            evals = json.loads(source.evals.read_text(encoding="utf-8"))
-            evals.setdefault(source.key, {})
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{source.evals} is damaged ({error}); move it away and evaluate again."
-            ) from None
+    evals = read_evals(source)
     source.evals.parent.mkdir(parents=True, exist_ok=True)
     evals[source.key] = evals.get(source.key, {}) | {key: facts}
     write_atomically(source.evals, (json.dumps(evals, indent=1) + "\n").encode())
