@@ -160,10 +160,13 @@ def score_model(
 ) -> list[dict[str, str]]:
     """Score one model on the tasks; write its evals.json and return its rows of the table."""
     max_length, batch_tokens = lengths(source, model, options, world)
-    # All that could be wrong with a plan shows before the first one is scored.
-    plans = [plan(t.requests, max_length, batch_tokens, model.config.vocab_size) for t in tasks]
     scorer, computed = make_scorer(model, max_length, options, world)
-    rows = []
+    rows, vocab_size = [], model.config.vocab_size
+    # All that could be wrong with a plan shows before the first one is scored.
+    plans = [
+        plan(task.requests, max_length, batch_tokens, vocab_size, scorer.few_shapes)
+        for task in tasks
+    ]
     for task, laid_out in zip(tasks, plans, strict=True):
         result = evaluate(scorer, task, laid_out)
         shortened = sum(loses_context(request, max_length) for request in task.requests)

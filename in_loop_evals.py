@@ -1,6 +1,6 @@
 """Benchmarks scored while a model trains ("in-loop" evaluation).
 
-    open_benchmarks(config, tokenizer, world) -> list[Benchmark]
+    open_benchmarks(config, tokenizer, scorer) -> list[Benchmark]
 
 A benchmark is tokenised and packed once, at the start of a run, and kept. One that cannot be had is
 left out, said in one line: it is no reason not to train.
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from benchmark import Task
 from config import Config, UserError
-from distributed import World, any_over_ranks, from_main
+from distributed import any_over_ranks, from_main
 from metrics import score_text
 from packing import Plan, plan
+from scoring import Scorer
 from tasks import open_task
 from tokenizer import Tokenizer
 
@@ -26,25 +27,26 @@ class Benchmark:
     limit: int | None
 
 
-def open_benchmarks(config: Config, tokenizer: Tokenizer, world: World) -> list[Benchmark]:
+def open_benchmarks(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> list[Benchmark]:
     """Return the benchmarks that this run scores, the same ones on every process.
 
     The main process fetches what is not here, in one attempt, while the others wait.
     """
-    names = dict.fromkeys(config.train.eval_tasks if config.train.eval_interval else ())
-    opened = [_open_everywhere(name, config, tokenizer, world) for name in names]
+    names = dict.fromkeys(config.train.eval_tasks)
+    opened = [_open_everywhere(name, config, tokenizer, scorer) for name in names]
     return [benchmark for benchmark in opened if benchmark is not None]
 
 
 def _open_everywhere(
-    name: str, config: Config, tokenizer: Tokenizer, world: World
+    name: str, config: Config, tokenizer: Tokenizer, scorer: Scorer
 ) -> Benchmark | None:
     """Return a benchmark, or on every process None where one of them cannot have it."""
-    found = _open(name, config, tokenizer, fetch=True) if world.is_main else ""
+    world, few_shapes = scorer.world, scorer.few_shapes
+    found = _open(name, config, tokenizer, few_shapes, fetch=True) if world.is_main else ""
     # Here the others wait for the file.
     on_main = from_main(int(isinstance(found, Benchmark)), world)
     if on_main and not world.is_main:
-        found = _open(name, config, tokenizer, fetch=False)
+        found = _open(name, config, tokenizer, few_shapes, fetch=False)
     missing = any_over_ranks(isinstance(found, str), world)
     if world.is_main:
         print(_announcement(name, found, missing, config.train.eval_interval), flush=True)
@@ -61,13 +63,15 @@ def _announcement(name: str, found: Benchmark | str, missing: bool, interval: in
     return f"{name} every {interval:,} updates: {len(task.examples):,} examples, {task.protocol}"
 
 
-def _open(name: str, config: Config, tokenizer: Tokenizer, fetch: bool) -> Benchmark | str:
+def _open(
+    name: str, config: Config, tokenizer: Tokenizer, few_shapes: bool, fetch: bool
+) -> Benchmark | str:
     """Return a benchmark, or the sentence that says why there is none."""
     train, model = config.train, config.model
     try:
         task = open_task(name, tokenizer, train.eval_limit, fetch, attempts=1)
         batch_tokens = train.micro_batch * model.block_size
-        layout = plan(task.requests, model.block_size, batch_tokens, model.vocab_size)
+        layout = plan(task.requests, model.block_size, batch_tokens, model.vocab_size, few_shapes)
     except UserError as error:
         return str(error)
     return Benchmark(task, layout, train.eval_limit)

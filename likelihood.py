@@ -64,7 +64,9 @@ def encode_request(
     ]
     for ending, tokens in zip(endings, after, strict=True):
         if not len(tokens) or not ending.strip():
-            raise UserError(f"an ending is empty after the context '{context[-40:]}'")
+            raise UserError(
+                f"an ending is empty, or no token of its own, after the context '{context[-40:]}'"
+            )
     if not len(before):
         before = np.array([tokenizer.eot])
     return Request(before, tuple(after), scores_context)

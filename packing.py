@@ -5,7 +5,8 @@
 A request becomes a tree laid out in a row: its context once, then its endings one after another,
 each of which sees the context and itself but not the others. Several trees share a row. Examples
 of very different lengths so fill rows of one length to more than 99 percent, and a compiled model
-meets one or two shapes in a whole benchmark. What each token may see is told by two numbers:
+meets one or two shapes in a whole benchmark. Where any shape will do, rows are about as long as
+their trees, which saves attention. What each token may see is told by two numbers:
 
     tree     which request it belongs to; 0 is padding
     branch   0 for a context, 1, 2, ... for its endings
@@ -15,7 +16,7 @@ wherever it is computed.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,8 @@ import numpy as np
 from config import UserError
 from likelihood import Request, windows
 
-# Row lengths are multiples of this.
-STEP = 128
+# Row lengths are multiples of this where shapes are to be few, and of that elsewhere.
+STEP, FINE_STEP = 128, 16
 # Attention over rows of this length takes about as long as all the rest of GPT-2 (124M).
 COSTLY_LENGTH = 1200
 
@@ -85,11 +86,17 @@ class _Tree:
         return len(self.context) + sum(len(branch) - 1 for branch in self.branches)
 
 
-def plan(requests: Sequence[Request], max_length: int, batch_tokens: int, vocab_size: int) -> Plan:
+def plan(
+    requests: Sequence[Request],
+    max_length: int,
+    batch_tokens: int,
+    vocab_size: int,
+    few_shapes: bool = True,
+) -> Plan:
     """Lay out requests for a model that reads at most `max_length` tokens.
 
-    A batch has about `batch_tokens` tokens, at least one row. Raises UserError when a token is not
-    in the model's vocabulary.
+    A batch has about `batch_tokens` tokens, at least one row; with `few_shapes` there are at most
+    two shapes. Raises UserError when a token is not in the model's vocabulary.
     """
     sizes = [len(request.endings) + 1 for request in requests]
     first_slots = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
@@ -97,7 +104,7 @@ def plan(requests: Sequence[Request], max_length: int, batch_tokens: int, vocab_
     for number, request in enumerate(requests):
         _check_vocabulary(request, vocab_size)
         trees += _trees(number, request, int(first_slots[number]), max_length)
-    rows = pack([tree.length for tree in trees])
+    rows = pack([tree.length for tree in trees], few_shapes)
     batches = []
     for length in sorted({length for length, _ in rows}, reverse=True):
         alike = [[trees[i] for i in inside] for size, inside in rows if size == length]
@@ -140,31 +147,39 @@ def _chains(number: int, text: np.ndarray, first: int, slot: int, max_length: in
     ]
 
 
-def pack(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+def pack(lengths: Sequence[int], few_shapes: bool = True) -> list[tuple[int, list[int]]]:
     """Return rows as (row length, indices of what lies in it), at the least estimated cost.
 
-    There are at most two row lengths: one that suits most, and that of what is longer.
+    With `few_shapes` there are at most two row lengths: one that suits most, and that of what is
+    longer.
     """
     if not lengths:
         return []
-    longest = _round_up(max(lengths))
-    choices = range(_round_up(min(lengths)), longest + 1, STEP)
-    packings = [_fill(lengths, choice, longest) for choice in choices]
+    if not few_shapes:
+        return _fill(lengths, lambda length: _round_up(length, FINE_STEP))
+    shortest, longest = _round_up(min(lengths), STEP), _round_up(max(lengths), STEP)
+    packings = [
+        _fill(lengths, lambda length, usual=usual: usual if length <= usual else longest)
+        for usual in range(shortest, longest + 1, STEP)
+    ]
     return min(packings, key=lambda rows: sum(n * (1 + n / COSTLY_LENGTH) for n, _ in rows))
 
 
-def _round_up(length: int) -> int:
-    return -(-length // STEP) * STEP
+def _round_up(length: int, step: int) -> int:
+    return -(-length // step) * step
 
 
-def _fill(lengths: Sequence[int], usual: int, longest: int) -> list[tuple[int, list[int]]]:
-    """Fill rows from the longest down, each where it leaves the least room (best fit)."""
+def _fill(lengths: Sequence[int], row_length: Callable[[int], int]) -> list[tuple[int, list[int]]]:
+    """Fill rows from the longest down, each where it leaves the least room (best fit).
+
+    `row_length` is how long a row to begin with something of a given length is to be.
+    """
     rows: list[tuple[int, list[int]]] = []
     room: list[tuple[int, int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect.bisect_left(room, (lengths[i], -1))
         if place == len(room):
-            rows.append((usual if lengths[i] <= usual else longest, []))
+            rows.append((row_length(lengths[i]), []))
             left, row = rows[-1][0], len(rows) - 1
         else:
             left, row = room.pop(place)

@@ -34,6 +34,8 @@ class Scorer:
         `compile_mode` is auto, on or off, as in a run's config.
         """
         self.model, self.world, self.dtype = model, world, dtype
+        # What is compiled, and what a GPU's kernels are chosen for, had better not change shape.
+        self.few_shapes = compile_mode == "on" or world.device.type != "cpu"
         self._causal = compile_module(model.hidden, compile_mode, world)
         self._packed = compile_module(model.packed_hidden, compile_mode, world)
 
@@ -55,16 +57,18 @@ class Scorer:
         training = self.model.training
         self.model.eval()
         try:
-            for first in range(0, len(batches), world.size):
-                done = []
-                for batch in batches[first + world.rank : first + world.rank + 1]:
-                    self._add(batch, head, sums)
-                    np.subtract.at(waiting, batch.requests, 1)
-                    done = [i for i in dict.fromkeys(batch.requests) if waiting[i] == 0]
-                if on_progress is not None:
-                    stop = on_progress(done, [_scores(plan, sums, i) for i in done])
-                    if any_over_ranks(stop, world):
-                        return None
+            # Autocast keeps the weights it has rounded for as long as it lasts.
+            with autocast(world.device, self.dtype):
+                for first in range(0, len(batches), world.size):
+                    done = []
+                    for batch in batches[first + world.rank : first + world.rank + 1]:
+                        self._add(batch, head, sums)
+                        np.subtract.at(waiting, batch.requests, 1)
+                        done = [i for i in dict.fromkeys(batch.requests) if waiting[i] == 0]
+                    if on_progress is not None:
+                        stop = on_progress(done, [_scores(plan, sums, i) for i in done])
+                        if any_over_ranks(stop, world):
+                            return None
         finally:
             self.model.train(training)
         # MPS has no float64, but then there is nobody to add up with.
@@ -80,15 +84,15 @@ class Scorer:
     def _add(self, batch: Batch, head: "_Head", sums: np.ndarray) -> None:
         """Add what one batch says to the sums (slots, 4)."""
         device = self.world.device
-        with autocast(device, self.dtype):
-            idx = torch.from_numpy(batch.tokens).to(device)
-            if batch.causal and idx.size(1) <= self.model.config.block_size:
-                x = self._causal(idx)
-            else:
-                positions = torch.from_numpy(batch.positions).to(device)
-                x = self._packed(idx, positions, sight(batch, device, self.dtype))
+        idx = torch.from_numpy(batch.tokens).to(device)
+        if batch.causal and idx.size(1) <= self.model.config.block_size:
+            x = self._causal(idx)
+        else:
+            positions = torch.from_numpy(batch.positions).to(device)
+            x = self._packed(idx, positions, sight(batch, device, self.dtype))
         x = x.flatten(0, 1)[torch.from_numpy(batch.states).to(device)]
-        found = head.predict(x.float(), batch)
+        with torch.autocast(device.type, enabled=False):
+            found = head.predict(x.float(), batch)
         for column, values in found.items():
             np.add.at(sums[:, column], batch.slots, values)
 

@@ -88,8 +88,10 @@ def begin(
     if world.is_main:
         _tidy(config, run, start, losses["val_loss"] is not None)
         logs.write_environment(run, start, _facts(config, world, dtype, directory))
-    benchmarks = open_benchmarks(config, train_data.stream.tokenizer, world)
-    scorer = Scorer(model, world, dtype, config.train.compile) if benchmarks else None
+    benchmarks, scorer = [], None
+    if config.train.eval_interval:
+        scorer = Scorer(model, world, dtype, config.train.compile)
+        benchmarks = open_benchmarks(config, train_data.stream.tokenizer, scorer)
     trainer = Trainer(
         config,
         run,

@@ -108,11 +108,11 @@ def _ours(
 ) -> Callable[[bool], float]:
     """Return what scores evenly chosen batches of the task's whole plan."""
     scorer = Scorer(GPT(ModelConfig()).to(device), World(0, 1, device), dtype)
-    whole = plan(task.requests, CONTEXT, BATCH_TOKENS[device.type], 50257)
-    # As many rows as it takes; a window is a row, and a row of HellaSwag has two or three examples.
-    rows = whole.batches[0].tokens.shape[0]
-    wanted = max((count if task.name == "wikitext" else 2 * count) // rows, 1)
-    batches = whole.batches[:: max(len(whole.batches) // wanted, 1)]
+    batch_tokens = BATCH_TOKENS[device.type]
+    whole = plan(task.requests, CONTEXT, batch_tokens, 50257, scorer.few_shapes)
+    # An example of HellaSwag takes about 160 tokens.
+    tokens = count * CONTEXT if task.name == "wikitext" else 5 * 160 * count
+    batches = whole.batches[:: max(whole.tokens // tokens, 1)]
 
     def run(warm_up: bool) -> float:
         some = batches[:2] if warm_up else batches

@@ -49,7 +49,7 @@ def test_importing_does_nothing_but_define(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"for name in {WITHOUT_TORCH!r}: __import__(name)\n"
-        "heavy = {'datasets', 'transformers', 'matplotlib', 'pyarrow'}\n"
+        "heavy = {'datasets', 'transformers', 'matplotlib', 'pyarrow', 'lm_eval'}\n"
         "loaded = {'torch', *heavy} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
         f"for name in {ORDER!r}: __import__(name)\n"

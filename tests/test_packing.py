@@ -7,17 +7,20 @@ from hypothesis import strategies as st
 
 from config import UserError
 from likelihood import Request
-from packing import STEP, pack, plan
+from packing import FINE_STEP, STEP, pack, plan
 
 
-@given(st.lists(st.integers(1, 700), min_size=1, max_size=200))
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=200), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_every_tree_lies_in_one_row_and_rows_are_not_overfull(lengths):
-    rows = pack(lengths)
+def test_every_tree_lies_in_one_row_and_rows_are_not_overfull(lengths, few_shapes):
+    rows = pack(lengths, few_shapes)
     assert sorted(i for _, inside in rows for i in inside) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in inside) <= size for size, inside in rows)
-    assert len({size for size, _ in rows}) <= 2
-    assert all(size % STEP == 0 for size, _ in rows)
+    if few_shapes:
+        assert len({size for size, _ in rows}) <= 2
+        assert all(size % STEP == 0 for size, _ in rows)
+    else:
+        assert all(size < lengths[inside[0]] + FINE_STEP for size, inside in rows)
 
 
 def test_examples_of_many_lengths_fill_their_rows():

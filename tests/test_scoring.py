@@ -152,6 +152,14 @@ def test_batch_size_does_not_matter(batch_tokens):
     assert_same(score(model, requests, batch_tokens), score(model, requests, 3 * 128), 1e-4)
 
 
+def test_rows_of_any_length_give_the_same():
+    model, requests = small_model(), mixed_requests(100)
+    laid_out = plan(requests, CONTEXT, 512, VOCAB, few_shapes=False)
+    assert len({batch.tokens.shape[1] for batch in laid_out.batches}) > 2
+    found = Scorer(model, ALONE, torch.float32).score(laid_out)
+    assert_same(found, score(model, requests), 1e-4)
+
+
 def test_nothing_is_dropped_or_repeated():
     requests = mixed_requests(150)
     for found, request in zip(score(small_model(), requests), requests, strict=True):
