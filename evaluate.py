@@ -267,9 +267,9 @@ def summary(source: Source, task: Task, facts: dict[str, Any]) -> str:
     """Return one line on what was scored, of what, how fast."""
     shortened = ""
     if facts["shortened"]:
-        count = facts["shortened"]
         shortened = (
-            f", {count:,} longer than {facts['max_length']} tokens (read in part, or windows)"
+            f"; {facts['shortened']:,} of them do not fit {facts['max_length']} tokens, and were "
+            "read without the beginning of their context or in windows"
         )
     return (
         f"{source.label}, {task.name}: {facts['examples']:,} examples of {task.path} in "
