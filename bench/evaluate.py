@@ -1,21 +1,23 @@
 """Scoring against the loops that are usually written for it: examples a second, and memory.
 
-    python -m bench.evaluate [--dtype bfloat16 float32] [--examples 60] [--windows 8]
+    python -m bench.evaluate [--tasks hellaswag wikitext] [--dtype bfloat16 float32]
 
 GPT-2 (124M) with random weights, as fast as with trained ones. HellaSwag's reference takes one
 example at a time: four rows, padded to the longest ending, all logits, the mean loss of each.
-WikiText's takes one of the same windows of up to 1,024 tokens at a time, all logits, and their
-log-softmax; the unit is tokens scored, of which a document's last window has fewer. Both are run
-with this project's model, which leaves only the way of scoring to differ, and with that of
-transformers. Every measurement has a process of its own, and they take turns.
+WikiText's takes one of the same windows of up to 1,024 tokens at a time, all logits, their
+log-softmax and their argmax, for ours says too whether tokens are the likeliest; the unit is tokens
+scored, of which an article's last window has fewer. Both are run with this project's model, which
+leaves only the way of scoring to differ, and with that of transformers. Every measurement has a
+process of its own, and they take turns.
 
-The examples lie evenly over the whole file that is found as for evaluate.py; ours are those of
-evenly chosen batches of its plan, so that they are packed as in a whole evaluation.
+The examples lie evenly over the whole file that is found as for evaluate.py. Of HellaSwag ours are
+those of evenly chosen batches of its plan, so that they are packed as in a whole evaluation; of
+WikiText all have the same articles.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +39,7 @@ from tasks import open_task
 from tokenizer import gpt2_tokenizer
 
 CONTEXT = 1024
+UNITS = {"hellaswag": "examples/s", "wikitext": "tokens/s"}
 REFERENCES = ("the same model, whole logits", "transformers, whole logits")
 
 
@@ -44,12 +47,14 @@ REFERENCES = ("the same model, whole logits", "transformers, whole logits")
 class Options:
     """Measure HellaSwag and WikiText."""
 
+    tasks: tuple[Literal["hellaswag", "wikitext"], ...] = ("hellaswag", "wikitext")
+    """What to score."""
     dtype: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16", "float32")
     """Arithmetic of the products, the same for ours and the references."""
     examples: int = 60
     """Examples of HellaSwag that a reference scores; ours scores about five times as many."""
-    windows: int = 8
-    """Windows of WikiText."""
+    articles: int = 6
+    """Articles of WikiText, of about five windows each."""
     repeats: int = 3
     """Measurements of each, taken in turn; their medians are compared."""
     device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
@@ -63,10 +68,10 @@ def main() -> None:
     """Print JSON lines: speed and memory of each task, in each dtype, against each reference."""
     options = parse(Options)
     for dtype in options.dtype:
-        for task, unit, count in (
-            ("hellaswag", "examples/s", options.examples),
-            ("wikitext", "tokens/s", options.windows),
-        ):
+        for task in options.tasks:
+            unit, count = UNITS[task], options.examples
+            if task == "wikitext":
+                count = options.articles
             found: dict[str, list[Figures]] = {name: [] for name in ("ours", *REFERENCES)}
             for _ in range(options.repeats):
                 for name in found:
@@ -84,6 +89,8 @@ def measure(name: str, task_name: str, dtype_name: str, count: int, device_name:
     device, dtype = pick_device(device_name), getattr(torch, dtype_name)
     torch.manual_seed(0)
     task = open_task(task_name, gpt2_tokenizer())
+    if task_name == "wikitext":
+        task = replace(task, requests=task.requests[:: len(task.requests) // count])
     run = _ours(task, count, device, dtype)
     if name != "ours":
         model = GPT(ModelConfig()) if name == REFERENCES[0] else _transformers_model()
@@ -110,9 +117,10 @@ def _ours(
     scorer = Scorer(GPT(ModelConfig()).to(device), World(0, 1, device), dtype)
     batch_tokens = BATCH_TOKENS[device.type]
     whole = plan(task.requests, CONTEXT, batch_tokens, 50257, scorer.few_shapes)
-    # An example of HellaSwag takes about 160 tokens.
-    tokens = count * CONTEXT if task.name == "wikitext" else 5 * 160 * count
-    batches = whole.batches[:: max(whole.tokens // tokens, 1)]
+    batches = whole.batches
+    if task.name == "hellaswag":
+        # An example takes about 160 tokens.
+        batches = batches[:: max(whole.tokens // (5 * 160 * count), 1)]
 
     def run(warm_up: bool) -> float:
         some = batches[:2] if warm_up else batches
@@ -128,7 +136,7 @@ def _plain(
     loop: Callable, model: Any, task: Task, count: int, dtype: torch.dtype
 ) -> Callable[[bool], float]:
     """Return what scores evenly chosen requests in a reference's loop."""
-    parts: list[Any] = task.requests
+    parts: list[Any] = task.requests[:: max(len(task.requests) // count, 1)]
     if task.name == "wikitext":
         texts = [np.concatenate((r.context, r.endings[0])) for r in task.requests]
         parts = [
@@ -136,7 +144,6 @@ def _plain(
             for text in texts
             for start, first, stop in windows(len(text), 1, CONTEXT)
         ]
-    parts = parts[:: max(len(parts) // count, 1)]
 
     def run(warm_up: bool) -> float:
         with torch.no_grad(), autocast(next(model.parameters()).device, dtype):
@@ -171,12 +178,15 @@ def hellaswag_loop(model: Any, request: Request) -> int:
 
 
 def wikitext_loop(model: Any, window: tuple[np.ndarray, int]) -> int:
-    """Find the log-likelihood of a window's last tokens, as many as it says, and return those."""
+    """Find what a window's last tokens, as many as it says, have for log-likelihood, and whether
+    each is the likeliest, as lm-evaluation-harness does; returns how many they are.
+    """
     text, count = window
     tokens = torch.from_numpy(text)[None]
-    logps = F.log_softmax(_logits(model, tokens[:, :-1]).float(), dim=-1)
-    found = logps.gather(2, tokens[:, 1:, None].to(logps.device))
-    found[:, -count:].sum().item()
+    logps = F.log_softmax(_logits(model, tokens[:, :-1]), dim=-1, dtype=torch.float32)[:, -count:]
+    targets = tokens[:, -count:].to(logps.device)
+    logps.gather(2, targets[..., None]).sum().item()
+    (logps.argmax(dim=-1) == targets).all().item()
     return count
 
 
