@@ -209,7 +209,7 @@ def test_a_run_stopped_while_it_is_scored_ends_like_a_straight_one(
     config = two_tasks(data, tmp_path)
     run = tmp_path / config.name
     logs.create_run(run, config)
-    assert _signal_in_score(score, config, run) == step
+    assert _signal_in_score(score, config, run) == (step, False)
     assert [line["task"] for line in lines(run) if line["step"] == step] == kept
     newest = checkpoint.newest(run)
     assert (newest is None) == (step == 0)
@@ -221,8 +221,8 @@ def test_a_run_stopped_while_it_is_scored_ends_like_a_straight_one(
     assert a["scores"] == b["scores"] and a["sha256"] == b["sha256"]
 
 
-def _signal_in_score(number: int, config: Config, run: Path) -> int:
-    """Train until a signal that comes as the score of that number begins; return the step."""
+def _signal_in_score(number: int, config: Config, run: Path) -> tuple[int, bool]:
+    """Train until a signal that comes as the score of that number begins; return as `train`."""
     calls, score = 0, Scorer.score
 
     def patched(self, *arguments):
