@@ -14,7 +14,7 @@ class Figure:
 PAPER = "Radford et al. 2019"
 # The same protocol as ours, by the name of the task, unless it says otherwise.
 SAME = "lm-evaluation-harness, same protocol"
-SEED = "a reproduction's code, full-sequence loss"
+REPRODUCTION = "a reproduction's code, full-sequence loss"
 
 _MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -47,7 +47,7 @@ _FIGURES: dict[tuple[str, str], list[dict[str, Figure]]] = {
     ("cbt", "ne_acc"): [
         _by_size(f"{PAPER}, table 3, de-tokenised", 83.4, 87.1, 88.0, 89.05),
     ],
-    ("cbt", "ne_acc_full"): [_by_size(SEED, 59.33, 67.11, 68.95, 72.32)],
+    ("cbt", "ne_acc_full"): [_by_size(REPRODUCTION, 59.33, 67.11, 68.95, 72.32)],
     ("wikitext", "word_perplexity"): [
         _by_size(SAME, 37.37, None, None, None),
         _by_size(f"{PAPER}, table 3, WikiText-103", 37.50, 26.37, 22.05, 17.48),
