@@ -51,12 +51,13 @@ def evaluate(
 
         def progress(done: list[int], scores: list[Scores]) -> bool:
             nonlocal shown
-            found.extend(task.judge(task.examples[i], s) for i, s in zip(done, scores, strict=True))
-            if found and time.perf_counter() - shown > RENEWAL:
-                shown = time.perf_counter()
-                bar.set_postfix_str(headline(task, task.summarize(found)), refresh=False)
-            # The other ranks are about as far with their examples.
-            bar.update(min(len(done) * size, count - bar.n))
+            if scorer.world.is_main:
+                found.extend(map(task.judge, [task.examples[i] for i in done], scores))
+                if found and time.perf_counter() - shown > RENEWAL:
+                    shown = time.perf_counter()
+                    bar.set_postfix_str(headline(task, task.summarize(found)), refresh=False)
+                # The other ranks are about as far with their examples.
+                bar.update(min(len(done) * size, count - bar.n))
             return asked() if asked is not None else False
 
         scores = scorer.score(plan, task.excluded, progress)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import UserError
-from likelihood import Request, windows
+from likelihood import Request, loses_context, windows
 
 # Row lengths are multiples of this where shapes are to be few, and of that elsewhere.
 STEP, FINE_STEP = 128, 16
@@ -130,7 +130,7 @@ def _trees(number: int, request: Request, first_slot: int, max_length: int) -> l
     context, endings = request.context, request.endings
     slots = tuple(range(first_slot, first_slot + len(endings)))
     context_slot = first_slot + len(endings) if request.scores_context else None
-    if len(context) + max(map(len, endings)) - 1 <= max_length:
+    if not loses_context(request, max_length):
         return [_Tree(context, endings, slots, number, context_slot)]
     chains = []
     for ending, slot in zip(endings, slots, strict=True):
