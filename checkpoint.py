@@ -29,6 +29,8 @@ FORMAT = 2
 STATE = "state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+# Matrices with rows past the vocabulary.
+PADDED = ("wte.weight", "lm_head.weight")
 STATE_KEYS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}
 
 
@@ -244,7 +246,7 @@ def _optimizer_tensors(model: GPT, optimizers: list[torch.optim.Optimizer]) -> d
 
 
 def _unpad(name: str, tensor: Tensor, model: GPT) -> Tensor:
-    return tensor[: model.config.vocab_size] if name == "wte.weight" else tensor
+    return tensor[: model.config.vocab_size] if name in PADDED else tensor
 
 
 def _pad(stored: Tensor, like: Tensor) -> Tensor:

@@ -35,11 +35,46 @@ class ModelConfig:
     """Probability of dropping an activation (GPT-2 pretraining over one epoch needs none)."""
     attention_dropout: float | None = None
     """The same for attention weights, which rules out the fused kernels; by default as dropout."""
+    architecture: Literal["gpt2", "modern"] = "gpt2"
+    """gpt2 is model.py's, modern is modern.py's, which alone has the six parts at the end."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A table of learned vectors, or queries and keys rotated by their place (RoPE)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """LayerNorm, or RMSNorm, which leaves the mean where it is."""
+    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """GELU, SwiGLU at the same number of parameters, or the square of ReLU."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorms."""
+    document_mask: bool = False
+    """A token does not see the documents before its own in the same window."""
+    qk_norm: bool = False
+    """Modern: queries and keys of unit mean square."""
+    zero_init: bool = False
+    """Modern: projections onto the residual stream begin at zero, so every block as identity."""
+    x0_shortcut: bool = False
+    """Modern: every block is given a learnt mixture of the stream and the embedding."""
+    value_residual: bool = False
+    """Modern: values of later blocks are learnt mixtures with those of the first."""
+    softcap: float = 0.0
+    """Modern: logits are bent to stay within plus and minus this; 0 bends nothing."""
+    tied: bool = True
+    """The head is the token embedding; only modern can have one of its own."""
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding in memory: a multiple of 128, which fast matrix products want."""
         return 128 * math.ceil(self.vocab_size / 128)
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden units of a block's MLP: 4 times the width; for SwiGLU two thirds of that.
+
+        SwiGLU has three matrices instead of two (Shazeer 2020), so the parameters are the same but
+        for rounding to a multiple of 8, which matrix units want.
+        """
+        if self.activation == "swiglu":
+            return 8 * max(round(self.n_embd / 3), 1)
+        return 4 * self.n_embd
 
 
 @dataclass(frozen=True)
@@ -48,10 +83,14 @@ class OptimConfig:
     """adamw for all, or muon for the matrices inside the blocks and adamw for the rest."""
     lr: float = 6e-4
     """Peak learning rate of AdamW."""
+    head_lr: float | None = None
+    """Peak learning rate of an untied head; by default lr."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon; follows the same schedule."""
     momentum: float = 0.95
     """Nesterov momentum of Muon."""
+    momentum_warmup: float = 0.0
+    """Fraction of the run over which Muon's momentum rises from 0.85."""
     beta1: float = 0.9
     """AdamW's averaging factor for gradients."""
     beta2: float = 0.95
@@ -78,6 +117,8 @@ class OptimConfig:
 class TrainConfig:
     updates: int | None = None
     """Number of weight updates; overrides epochs and tokens, and may run into a further epoch."""
+    stop_at: int | None = None
+    """End after this update already, with the schedule of the whole run; resuming can go on."""
     epochs: float | None = None
     """Passes over the training split; overrides tokens."""
     tokens: int = 9_882_304_512
@@ -142,8 +183,17 @@ MUTABLE_FIELDS = {
     *("train.micro_batch", "train.compile", "train.dtype", "train.device", "train.runs_dir"),
     *("train.val_interval", "train.checkpoint_interval", "train.log_interval"),
     *("train.eval_interval", "train.eval_tasks", "train.eval_limit"),
-    *("train.keep_checkpoints", "train.sample_tokens", "train.timeout"),
+    *("train.keep_checkpoints", "train.sample_tokens", "train.timeout", "train.stop_at"),
 }
+
+# Fields that came later. At their defaults they change nothing, so that a run begun before them has
+# the same identity, and can be continued.
+LATER_FIELDS = (
+    *("model.architecture", "model.positions", "model.norm", "model.activation", "model.bias"),
+    *("model.document_mask", "model.qk_norm", "model.zero_init", "model.x0_shortcut"),
+    *("model.value_residual", "model.softcap", "model.tied"),
+    *("optim.head_lr", "optim.momentum_warmup"),
+)
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -169,7 +219,12 @@ def replace(config: Config, changes: dict[str, Any]) -> Config:
 
 def identity_digest(config: Config) -> str:
     """Return a short digest of the fields that make the run what it is."""
-    fixed = {name: value for name, value in flatten(config).items() if name not in MUTABLE_FIELDS}
+    default = flatten(Config())
+    fixed = {
+        name: value
+        for name, value in flatten(config).items()
+        if name not in MUTABLE_FIELDS and not (name in LATER_FIELDS and value == default[name])
+    }
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -181,52 +236,6 @@ def changed_identity(old: Config, new: Config) -> list[str]:
         for name in before
         if name not in MUTABLE_FIELDS and before[name] != after[name]
     ]
-
-
-def validate(config: Config) -> None:
-    """Check every number that can be checked without data or hardware; raises UserError."""
-    model, optim, train = config.model, config.optim, config.train
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-        _require(getattr(model, name) >= 1, f"model.{name} must be at least 1.")
-    _require(
-        model.n_embd % model.n_head == 0,
-        f"model.n_embd {model.n_embd} must be a multiple of model.n_head {model.n_head}.",
-    )
-    _require(
-        model.vocab_size <= 65536, "model.vocab_size must be at most 65536: shards hold uint16."
-    )
-    for name, value in (
-        ("dropout", model.dropout),
-        ("attention_dropout", model.attention_dropout or 0),
-    ):
-        _require(0 <= value < 1, f"model.{name} must be at least 0 and below 1.")
-    for name in ("lr", "muon_lr", "eps"):
-        _require(0 < getattr(optim, name) < math.inf, f"optim.{name} must be above 0.")
-    for name in ("weight_decay", "muon_weight_decay", "grad_clip"):
-        _require(0 <= getattr(optim, name) < math.inf, f"optim.{name} must not be negative.")
-    for name in ("warmup", "cooldown", "final_lr"):
-        _require(0 <= getattr(optim, name) <= 1, f"optim.{name} is a fraction between 0 and 1.")
-    for name in ("beta1", "beta2", "momentum"):
-        _require(0 <= getattr(optim, name) < 1, f"optim.{name} must be at least 0 and below 1.")
-    _require(train.updates is None or train.updates >= 0, "train.updates must not be negative.")
-    _require(train.epochs is None or train.epochs > 0, "train.epochs must be above 0.")
-    _require(
-        train.micro_batch is None or train.micro_batch >= 1, "train.micro_batch must be 1 or more."
-    )
-    for name in ("tokens", "log_interval", "keep_checkpoints", "val_tokens"):
-        _require(getattr(train, name) >= 1, f"train.{name} must be at least 1.")
-    _require(0 < train.timeout < math.inf, "train.timeout must be above 0 seconds.")
-    _require(
-        train.eval_limit is None or train.eval_limit >= 1, "train.eval_limit must be 1 or more."
-    )
-    for name in ("val_interval", "eval_interval", "checkpoint_interval", "sample_tokens"):
-        _require(getattr(train, name) >= 0, f"train.{name} must not be negative.")
-    windows_per_update(config)
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
 
 
 def windows_per_update(config: Config) -> int:
@@ -289,21 +298,3 @@ def total_updates(config: Config, windows: int) -> int:
     if train.epochs is not None:
         return max(1, round(train.epochs * per_epoch))
     return max(1, train.tokens // train.tokens_per_update)
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Return the number of trainable parameters, without padding (124,439,808 for GPT-2 124M)."""
-    width = model.n_embd
-    # Per block: two LayerNorms (4C), attention (4C^2 + 4C), MLP (8C^2 + 5C).
-    block = 12 * width**2 + 13 * width
-    return (model.vocab_size + model.block_size) * width + model.n_layer * block + 2 * width
-
-
-def flops_per_token(model: ModelConfig) -> float:
-    """Return the floating-point operations of one training token, forward and backward.
-
-    Six for each parameter but the position table, which multiplies nothing, and
-    12 * n_layer * n_embd * T for the attention products (PaLM, Chowdhery et al. 2022, appendix B).
-    """
-    multiplied = parameter_count(model) - model.block_size * model.n_embd
-    return 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size

@@ -5,7 +5,8 @@ import json
 import typing
 from typing import Any, Literal
 
-from config import Config, UserError, validate
+from checks import validate
+from config import Config, UserError
 
 
 def to_json(config: Config) -> str:

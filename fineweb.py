@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import Config, UserError
+from cross_entropy import IGNORED
 from distributed import World
 from documents import DocumentOrder
-from model import IGNORED
 from orders import epoch_and_update, update_windows
 from shards import TokenStream
 

@@ -78,7 +78,7 @@ def next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     x = model.hidden(ids, cache)[:, -1]
     # Logits reach magnitudes where bfloat16 is coarser than the differences that decide.
     with torch.autocast(x.device.type, enabled=False):
-        return model.logits(x.to(model.wte.weight.dtype)).float().cpu()
+        return model.logits(x.to(model.head_weight.dtype)).float().cpu()
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:

@@ -16,8 +16,10 @@ import tyro
 
 import load_fineweb
 import recipes
+from checks import validate
 from command_line import parse, run_script
 from config import (
+    LATER_FIELDS,
     Config,
     ModelConfig,
     OptimConfig,
@@ -25,13 +27,11 @@ from config import (
     UserError,
     accumulation_steps,
     changed_identity,
-    flops_per_token,
-    parameter_count,
     replace,
     total_updates,
-    validate,
     windows_per_update,
 )
+from counts import flops_per_token, parameter_count
 from documents import build_index
 from files import locked
 from logs import create_run, read_config, run_directory
@@ -49,7 +49,9 @@ class Arguments:
     """Train a GPT-2 from token shards."""
 
     recipe: Annotated[str, tyro.conf.Positional] = ""
-    """What to train: gpt2 (the default), quickstart or shakespeare-char; recipes.py says what."""
+    """What to train, gpt2 by default; or gpt2-baseline, gpt2-periodicity-fix, gpt2-lr-inc,
+    gpt2-global-datafix, gpt2-rope, gpt2-swiglu, gpt3-settings, modern, modern-untied, quickstart,
+    shakespeare-char. recipes.py says what each is, costs and gives."""
     size: str = ""
     """How big: nano, 124m, 350m, 774m or 1558m; the recipe's own by default."""
     data: str = ""
@@ -96,19 +98,28 @@ def resolve(args: list[str] | None = None) -> Job:
     first = parse(Arguments, args, Arguments())
     if first.resume:
         return _continue(args, first, run_directory(first.resume, first.train.runs_dir))
+    config = new_config(args, first)
+    run = Path(config.train.runs_dir) / config.name
+    if not run.exists():
+        # The embedded corpus may have yet to be made, or finished; `launch` sees to it.
+        known = config if config.data == load_fineweb.PYDOCS else complete_config(config)
+        return Job(known, run, resumes=False, verifies=first.verify)
+    if first.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        return _continue(args, first, run_directory(str(run)))
+    raise UserError(f"The run {run} exists; add --resume {config.name} or choose another --name.")
+
+
+def new_config(args: list[str] | None, first: Arguments) -> Config:
+    """Return the config of a run that begins, without what only its data can tell.
+
+    `first` is what `args` say without the defaults that their recipe and size imply.
+    """
     base = recipes.build(first.recipe or "gpt2", first.size or None)
     config = _override(args, first, base)
     config = replace(config, {"name": first.name or f"{config.recipe}-{config.size}"})
     if Path(config.name).name != config.name or config.name.startswith("."):
         raise UserError(f"--name {config.name} is not a plain name; --train.runs-dir says where.")
-    run = Path(config.train.runs_dir) / config.name
-    if not run.exists():
-        # The embedded corpus may have yet to be made, or finished; `launch` sees to it.
-        known = config if config.data == load_fineweb.PYDOCS else _complete(config)
-        return Job(known, run, resumes=False, verifies=first.verify)
-    if first.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        return _continue(args, first, run_directory(str(run)))
-    raise UserError(f"The run {run} exists; add --resume {config.name} or choose another --name.")
+    return config
 
 
 def _continue(args: list[str] | None, first: Arguments, run: Path) -> Job:
@@ -144,7 +155,7 @@ def _with_defaults(first: Arguments, base: Config) -> Arguments:
     return dataclasses.replace(first, model=base.model, optim=base.optim, train=base.train)
 
 
-def _complete(config: Config) -> Config:
+def complete_config(config: Config) -> Config:
     """Return the config with what its data decides: vocabulary and number of updates."""
     manifest = read_manifest(find_data(config.data))
     config = replace(config, {"model.vocab_size": manifest.vocab_size})
@@ -163,7 +174,7 @@ def launch(job: Job, world: "World") -> None:
         _prepare_data(job)
     barrier()
     if not job.resumes:
-        config = _complete(config)
+        config = complete_config(config)
         if world.is_main:
             create_run(run, config)
     barrier()
@@ -176,7 +187,7 @@ def launch(job: Job, world: "World") -> None:
             print(summary(config, run, world), flush=True)
         step, complete = train(config, run, world, found)
         if world.is_main and complete:
-            conclude(config, run)
+            conclude(config, run, step)
         elif world.is_main:
             print(f"stopped after update {step}; continue with: {resume_command(config)}")
 
@@ -229,7 +240,7 @@ def summary(config: Config, run: Path, world: "World") -> str:
         "run": f"{config.recipe} at size {config.size}, in {run}",
         "model": f"{parameter_count(model):,} parameters: {model.n_layer} layers, "
         f"{model.n_head} heads, width {model.n_embd}, context {model.block_size}, "
-        f"vocabulary {model.vocab_size:,}",
+        f"vocabulary {model.vocab_size:,}{parts(model)}",
         "data": f"{config.data}: {train_tokens:,} training and {manifest.tokens('val'):,} "
         f"validation tokens, {train.order.replace('_', ' ')}",
         "updates": f"{train.updates:,} of {train.tokens_per_update:,} tokens, {tokens:,} in all: "
@@ -243,15 +254,30 @@ def summary(config: Config, run: Path, world: "World") -> str:
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items()) + "\n"
 
 
-def conclude(config: Config, run: Path) -> None:
-    """Draw the figure and print samples, scores and the commands that follow."""
+def parts(model: ModelConfig) -> str:
+    """Return what a model has that GPT-2 has not, each part after a comma."""
+    default = ModelConfig()
+    found = []
+    for name in (name.removeprefix("model.") for name in LATER_FIELDS):
+        value = getattr(model, name, None)
+        if name in vars(default) and value != getattr(default, name):
+            words = name.replace("_", " ")
+            found.append(value if isinstance(value, str) else words if value else f"no {words}")
+    return "".join(f", {part}" for part in found)
+
+
+def conclude(config: Config, run: Path, step: int) -> None:
+    """Draw the figure and print samples, scores and the commands that follow after `step`."""
     import results
 
     results.report([run])
+    again = f"{resume_command(config)}   (where a run was interrupted; this one is done)"
+    if step < config.train.updates:
+        again = f"{resume_command(config)} --train.stop-at {config.train.updates}"
     print(
         f"\nlook again   python results.py {run}\n"
         f'write text   python sample.py {run} --prompt "{recipes.PROMPTS[0]}"\n'
-        f"continue     {resume_command(config)}   (where a run was interrupted; this one is done)"
+        f"continue     {again}"
     )
 
 

@@ -36,7 +36,9 @@ class Run:
         if train.updates is None and train.epochs is not None:
             return f"{done:,} ({train.epochs:g} epochs)"
         # The number of training windows matters for epochs only.
-        return f"{done:,} of {total_updates(self.config, windows=sys.maxsize):,}"
+        total = total_updates(self.config, windows=sys.maxsize)
+        early = train.stop_at is not None and train.stop_at <= done < total
+        return f"{done:,} of {total:,}" + (", stopped early" if early else "")
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,18 @@
 """GPT-2, exactly (Radford et al. 2019): learned positions, pre-norm blocks, GELU, tied head.
 
+Four switches of the config change one part each, and any of them go together: `positions` rotary,
+`norm` rmsnorm, `activation` swiglu or relu2, `bias` off.
+
 Shapes: B windows, T tokens in a window, C = n_embd channels, V = vocab_size ids.
 Parameter names are OpenAI's own, so weights travel to and from other implementations by name.
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-
-# Targets of this value carry no loss; they fill up a validation batch to its fixed shape.
-IGNORED = -1
+from cross_entropy import chunked_cross_entropy, soft_capped
 
 
 class GPT(nn.Module):
@@ -24,11 +23,22 @@ class GPT(nn.Module):
         self.config = config
         # Rows past vocab_size make the matrix products fast; no id ever selects them.
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.build_blocks()
         self.init_weights()
+
+    def build_blocks(self) -> None:
+        """Make all modules after the embedding."""
+        config = self.config
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = build_norm(config)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (padded V, C) that turns states into logits: the token embedding."""
+        return self.wte.weight
 
     def init_weights(self) -> None:
         """Draw the weights from N(0, 0.02); projections onto the residual stream are scaled down.
@@ -59,12 +69,19 @@ class GPT(nn.Module):
         return None, self.loss(x, targets)
 
     def hidden(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        """Return the final normalised states (B, T, C) of ids (B, T) that follow `cache`."""
+        """Return the final normalised states (B, T, C) of ids (B, T) that follow `cache`.
+
+        What follows a cache is taken for the same document, whatever `document_mask` says.
+        """
         start = 0 if cache is None else cache.length
         stop = start + idx.size(1)
         if stop > self.config.block_size:
             raise ValueError(f"{stop} tokens do not fit the context of {self.config.block_size}")
-        x = self._states(idx, torch.arange(start, stop, device=idx.device), cache=cache)
+        positions = torch.arange(start, stop, device=idx.device)
+        mask = None
+        if self.config.document_mask and cache is None:
+            mask = same_document(idx, self.config.vocab_size - 1)
+        x = self._states(idx, positions, mask, cache)
         if cache is not None:
             cache.length = stop
         return x
@@ -84,20 +101,29 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
         cache: "KVCache | None" = None,
     ) -> Tensor:
-        x = self.drop(self.wte(idx) + self.wpe(positions))
+        x, rotation = self.embed(idx, positions)
+        x = self.drop(x)
         for block in self.h:
-            x = block(x, mask, cache)
+            x = block(x, rotation, mask, cache)
         return self.ln_f(x)
+
+    def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, "Rotation | None"]:
+        """Return the token embeddings, with their positions added, or how to rotate by them."""
+        x = self.wte(idx)
+        if self.config.positions == "learned":
+            return x + self.wpe(positions), None
+        return x, rotation_of(positions, self.config.n_embd // self.config.n_head)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (..., V) of states (..., C)."""
-        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+        logits = F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        return soft_capped(logits, self.config.softcap) if self.config.softcap else logits
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats, float32, of states (B, T, C), targets (B, T)."""
-        return chunked_cross_entropy(
-            x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size
-        )
+        c = self.config
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return chunked_cross_entropy(x, self.head_weight, targets, c.vocab_size, c.softcap)
 
 
 class Block(nn.Module):
@@ -105,16 +131,27 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = build_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: "KVCache | None" = None
+        self,
+        x: Tensor,
+        rotation: "Rotation | None",
+        mask: Tensor | None,
+        cache: "KVCache | None",
     ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.attn(self.ln_1(x), rotation, mask, cache)
         return x + self.mlp(self.ln_2(x))
+
+
+def build_norm(config: ModelConfig, gain: bool = True) -> nn.Module:
+    """Return LayerNorm, or RMSNorm (Zhang and Sennrich 2019), over C channels."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-5, elementwise_affine=gain)
+    return nn.LayerNorm(config.n_embd, elementwise_affine=gain, bias=config.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -127,35 +164,102 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         if config.attention_dropout is not None:
             self.dropout = config.attention_dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: "KVCache | None" = None
+        self,
+        x: Tensor,
+        rotation: "Rotation | None",
+        mask: Tensor | None,
+        cache: "KVCache | None",
     ) -> Tensor:
+        q, k, v = self.heads(x)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
+        return self.attend(q, k, v, mask, cache)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (B, n_head, T, head size), of states (B, T, C)."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head size)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: "KVCache | None"
+    ) -> Tensor:
+        """Return what the heads find, projected onto the residual stream (B, T, C)."""
+        T = q.size(2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # A cache is either empty or followed by one token, which sees all of it.
         causal, dropout = mask is None and T > 1, self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        return self.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_drop(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+
+# Cosines and sines of the angles of tokens, each (..., T, head size / 2).
+Rotation = tuple[Tensor, Tensor]
+
+
+def rotation_of(positions: Tensor, head_size: int) -> Rotation:
+    """Return the rotation of tokens at `positions`, (T,) or (B, T) (RoPE, Su et al. 2021).
+
+    Channel i of a head's first half is paired with channel i of its second half, as GPT-NeoX and
+    Llama do, and turns by 10,000^(-2i / head size) a token.
+    """
+    steps = torch.arange(0, head_size, 2, device=positions.device) / head_size
+    angles = positions[..., None] * 10_000.0**-steps
+    # Rows of their own positions have heads between row and token.
+    angles = angles[:, None] if positions.dim() == 2 else angles
+    return angles.cos(), angles.sin()
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return queries or keys (B, n_head, T, head size), turned, in their own dtype."""
+    cos, sin = rotation
+    # A position of 1,000 has no room in bfloat16's eight bits, so this is done in float32.
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+def same_document(idx: Tensor, eot: int) -> Tensor:
+    """Return the mask (B, 1, T, T), bool, of what tokens see: their own document up to themselves.
+
+    A document begins with its <|endoftext|>, which is the last id of both tokenizers.
+    """
+    document = (idx == eot).cumsum(dim=1)
+    same = document[:, :, None] == document[:, None, :]
+    return same.tril()[:, None]
 
 
 class MLP(nn.Module):
-    """Two layers with GPT-2's tanh-approximated GELU between them."""
+    """Two layers with GPT-2's tanh-approximated GELU between them, or one of its successors."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        width, hidden = config.n_embd, config.mlp_width
+        self.activation = config.activation
+        self.c_fc = nn.Linear(width, hidden, bias=config.bias)
+        if self.activation == "swiglu":
+            self.c_gate = nn.Linear(width, hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, width, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.drop(self.c_proj(self._activated(x)))
+
+    def _activated(self, x: Tensor) -> Tensor:
+        """Return the hidden units: GELU, SwiGLU (Shazeer 2020) or ReLU^2 (So et al. 2021)."""
+        hidden = self.c_fc(x)
+        if self.activation == "swiglu":
+            return F.silu(self.c_gate(x)) * hidden
+        if self.activation == "relu2":
+            return F.relu(hidden).square()
+        return F.gelu(hidden, approximate="tanh")
 
 
 class KVCache:
@@ -174,88 +278,3 @@ class KVCache:
         keys[:, :, self.length : stop] = k
         values[:, :, self.length : stop] = v
         return keys[:, :, :stop], values[:, :, :stop]
-
-
-def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Return the mean of -log softmax(x @ weight.T)[target], float32, over targets not IGNORED.
-
-    x is (N, C), weight (at least vocab_size rows, C), targets (N,). Rows of `weight` past
-    vocab_size take no part. Under autocast the products are in its dtype; the log-softmax is always
-    float32. Logits exist for a few hundred rows at a time, and their gradient is taken in the same
-    pass, so neither a matrix of N x 50,257 is kept nor a product done twice.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        wants_grad = torch.is_grad_enabled()
-        return _ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, wants_grad)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, wants_grad):
-        scored = targets != IGNORED
-        scale = 1 / scored.sum().clamp(min=1)
-        total = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x) if wants_grad else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
-        chunk = 512 if x.device.type == "cpu" else 8192
-        for rows in (slice(start, start + chunk) for start in range(0, len(x), chunk)):
-            logp, dlogits = _log_softmax(x[rows], weight, targets[rows], vocab_size, wants_grad)
-            total = total - torch.where(scored[rows], logp, 0).sum()
-            if wants_grad:
-                keep = scored[rows, None].to(x.dtype)
-                dx[rows] = (dlogits @ weight) * (keep * scale).to(x.dtype)
-                dweight += dlogits.T @ (x[rows] * keep)
-        ctx.save_for_backward(dx, dweight, scale)
-        return total * scale
-
-    @staticmethod
-    def backward(ctx, dloss):
-        dx, dweight, scale = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), dweight * (dloss * scale), None, None, None
-
-
-def _log_softmax(x, weight, targets, vocab_size, wants_grad):
-    """Return log p(target), float32 (rows,), and its negated gradient by the logits, or None."""
-    on_cpu = x.device.type == "cpu"
-    # On a CPU, 128 rows of 50,304 float32 still fit the last-level cache.
-    step = min(128, len(x)) if on_cpu else len(x)
-    buffer = _scratch(step, weight, torch.float32)
-    dlogits = _scratch(len(x), weight, weight.dtype) if wants_grad else None
-    logps = []
-    for rows in (slice(start, start + step) for start in range(0, len(x), step)):
-        probs = buffer[: len(targets[rows])]
-        probs.copy_(x[rows] @ weight.T)
-        probs[:, vocab_size:] = -torch.inf
-        target = targets[rows].clamp(min=0)[:, None]
-        top = probs.amax(1, keepdim=True)
-        above = probs.gather(1, target) - top
-        torch.softmax(probs, 1, out=probs)
-        # The likeliest id's probability is 1 / sum(exp(logit - top)), and never underflows.
-        logp = (above + probs.amax(1, keepdim=True).log())[:, 0]
-        logps.append(logp)
-        if wants_grad:
-            dlogits[rows] = probs
-            # Softmax minus one-hot; the difference at the target is taken before rounding.
-            each = torch.arange(len(target), device=x.device)
-            dlogits[rows][each, target[:, 0]] = torch.expm1(logp).to(weight.dtype)
-    return torch.cat(logps), dlogits
-
-
-def _scratch(rows, weight, dtype):
-    """Return memory for (rows, len(weight)) numbers; on a CPU the same one every time.
-
-    A CPU program that gives tens of megabytes back to the system and asks for them again spends a
-    tenth of its time on fresh pages.
-    """
-    if weight.device.type != "cpu" or torch.compiler.is_compiling():
-        return weight.new_empty(rows, len(weight), dtype=dtype)
-    return _kept_memory(rows, len(weight), dtype)
-
-
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
-def _kept_memory(rows, columns, dtype):
-    return torch.empty(rows, columns, dtype=dtype)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from config import OptimConfig
 
+MOMENTUM_START = 0.85
+# The parameter of a head that is not the token embedding.
+HEAD = "lm_head."
+
 
 def lr_at(step: int, total: int, optim: OptimConfig) -> float:
     """Return the learning rate of AdamW in update `step`, 1 <= step <= total."""
@@ -37,6 +41,18 @@ def schedule(step: int, total: int, optim: OptimConfig) -> float:
     return 1 - (1 - optim.final_lr) * progress
 
 
+def momentum_at(step: int, total: int, optim: OptimConfig) -> float:
+    """Return Muon's momentum in update `step`, 1 <= step <= total.
+
+    It rises linearly from MOMENTUM_START to `momentum` over the first `momentum_warmup * total`
+    updates; early gradients are soon out of date (Jordan et al. 2024).
+    """
+    warmup = round(optim.momentum_warmup * total)
+    if step > warmup:
+        return optim.momentum
+    return MOMENTUM_START + (optim.momentum - MOMENTUM_START) * step / warmup
+
+
 def build_optimizers(
     model: nn.Module, optim: OptimConfig, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
@@ -48,11 +64,16 @@ def build_optimizers(
     named = list(model.named_parameters())
     blocks = {n: p for n, p in named if n.startswith("h.") and p.dim() == 2}
     taken = set(blocks) if optim.optimizer == "muon" else set()
-    rest = [p for n, p in named if n not in taken]
+    rest = {n: p for n, p in named if n not in taken}
+    heads = [p for n, p in rest.items() if n.startswith(HEAD)]
+    matrices = [p for n, p in rest.items() if p.dim() >= 2 and not n.startswith(HEAD)]
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": optim.weight_decay},
+        {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if heads:
+        peak = optim.lr if optim.head_lr is None else optim.head_lr
+        groups.append({"params": heads, "weight_decay": optim.weight_decay, "peak": peak})
     betas = (optim.beta1, optim.beta2)
     optimizers = [torch.optim.AdamW(groups, optim.lr, betas, optim.eps, fused=True)]
     if taken:
@@ -60,12 +81,17 @@ def build_optimizers(
     return optimizers
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], factor: float, optim: OptimConfig) -> None:
-    """Give every parameter group its peak rate times `factor`."""
+def set_rates(
+    optimizers: list[torch.optim.Optimizer], step: int, total: int, optim: OptimConfig
+) -> None:
+    """Give every parameter group its rate in update `step`, and Muon its momentum."""
+    factor = schedule(step, total, optim)
     for optimizer in optimizers:
-        peak = optim.muon_lr if isinstance(optimizer, Muon) else optim.lr
+        peak = optim.lr
+        if isinstance(optimizer, Muon):
+            peak, optimizer.momentum = optim.muon_lr, momentum_at(step, total, optim)
         for group in optimizer.param_groups:
-            group["lr"] = peak * factor
+            group["lr"] = group.get("peak", peak) * factor
 
 
 class Muon(torch.optim.Optimizer):

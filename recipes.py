@@ -64,6 +64,45 @@ def gpt2(config: Config) -> Config:
     return replace(config, {"optim.lr": config.optim.lr * (2e-3 / 6e-4)})
 
 
+def modern(config: Config) -> Config:
+    """The architecture of modern.py with Muon: the loss of GPT-2 for a fraction of its tokens.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py modern`.
+    """
+    return replace(
+        config,
+        {
+            "model.architecture": "modern",
+            "model.bias": False,
+            "model.positions": "rotary",
+            "model.norm": "rmsnorm",
+            "model.activation": "relu2",
+            "model.qk_norm": True,
+            "model.zero_init": True,
+            "model.x0_shortcut": True,
+            "model.value_residual": True,
+            "model.softcap": 15.0,
+            "optim.optimizer": "muon",
+            "optim.lr": config.optim.lr * 20,
+            "optim.momentum_warmup": 0.1,
+            "optim.warmup": 0.0,
+            "optim.schedule": "constant",
+            "optim.cooldown": 0.6,
+            "optim.final_lr": 0.0,
+            "train.order": "shuffle_windows",
+        },
+    )
+
+
+def modern_untied(config: Config) -> Config:
+    """`modern` with a head of its own, at a tenth of the embedding's rate.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py modern-untied`.
+    """
+    config = modern(config)
+    return replace(config, {"model.tied": False, "optim.head_lr": config.optim.lr / 10})
+
+
 def quickstart(config: Config) -> Config:
     """GPT-2 trained with Muon on the embedded corpus: real English, no download.
 
@@ -112,8 +151,101 @@ def shakespeare_char(config: Config) -> Config:
     )
 
 
+def gpt2_baseline(config: Config) -> Config:
+    """GPT-2 at GPT-3's rates: 6e-4 at 124M, warm-up over 715 of 19,073 updates, cosine to 10%.
+
+    The first of six experiments by Garg (2025), each of which differs in one thing from the one
+    before; all read the windows of one epoch.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py gpt2-baseline`.
+    Cost: 8.5e18 FLOP at 124M.
+    Expected: Garg reports validation loss 3.0658 and HellaSwag 30.4% on FineWeb-Edu.
+    """
+    return replace(config, {"optim.warmup": 715 / 19073})
+
+
+def gpt2_periodicity_fix(config: Config) -> Config:
+    """`gpt2-baseline`, with shards and the documents in each in a new order every epoch.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py gpt2-periodicity-fix`.
+    Cost: that of `gpt2-baseline`, and one random read a document.
+    Expected: Garg reports validation loss 3.0639 and HellaSwag 30.6% on FineWeb-Edu.
+    """
+    return replace(gpt2_baseline(config), {"train.order": "shuffle_documents"})
+
+
+def gpt2_lr_inc(config: Config) -> Config:
+    """`gpt2-periodicity-fix`, with three times the rate and a warm-up of 285 of 19,073 updates.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py gpt2-lr-inc`.
+    Cost: that of `gpt2-periodicity-fix`.
+    Expected: Garg reports validation loss 3.0210 and HellaSwag 31.5% on FineWeb-Edu.
+    """
+    changes = {"optim.lr": 3 * config.optim.lr, "optim.warmup": 285 / 19073}
+    return replace(gpt2_periodicity_fix(config), changes)
+
+
+def gpt2_global_datafix(config: Config) -> Config:
+    """`gpt2-lr-inc`, with all windows of all shards in one new order every epoch.
+
+    Garg's own run ended near update 18,250, out of places; this one reads every window.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py gpt2-global-datafix`.
+    Cost: that of `gpt2-baseline`, and one random read a window.
+    Expected: Garg reports validation loss 3.0045 and HellaSwag 31.7% on FineWeb-Edu.
+    """
+    return replace(gpt2_lr_inc(config), {"train.order": "shuffle_windows"})
+
+
+def gpt2_rope(config: Config) -> Config:
+    """`gpt2-global-datafix`, with rotary instead of learned positions: the best of the six.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py gpt2-rope`.
+    Cost: that of `gpt2-global-datafix`; 123,653,376 parameters at 124M.
+    Expected: Garg reports validation loss 2.9874 and HellaSwag 32.0% on FineWeb-Edu.
+    """
+    return replace(gpt2_global_datafix(config), {"model.positions": "rotary"})
+
+
+def gpt2_swiglu(config: Config) -> Config:
+    """`gpt2-rope`, with SwiGLU instead of GELU at the same number of parameters.
+
+    Garg's run was ended at update 15,000, with the schedule of the whole: `--train.stop-at 15000`.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py gpt2-swiglu`.
+    Cost: that of `gpt2-rope`; 123,665,664 parameters at 124M.
+    Expected: Garg reports validation loss 3.0311 and HellaSwag 31.7% there, and saw no gain.
+    """
+    return replace(gpt2_rope(config), {"model.activation": "swiglu"})
+
+
+def gpt3_settings(config: Config) -> Config:
+    """`gpt2-rope`, the best AdamW recipe, with GPT-3's context and four epochs.
+
+    The context is twice the size's: 2,048 from 124M up.
+
+    Command: `torchrun --standalone --nproc_per_node=8 main.py gpt3-settings`.
+    Cost: 3.8e19 FLOP at 124M.
+    Expected: not known; the last line of Garg's plans.
+    """
+    changes = {
+        "model.block_size": 2 * config.model.block_size,
+        "train.tokens": 4 * config.train.tokens,
+    }
+    return replace(gpt2_rope(config), changes)
+
+
 RECIPES: dict[str, Callable[[Config], Config]] = {
     "gpt2": gpt2,
+    "gpt2-baseline": gpt2_baseline,
+    "gpt2-periodicity-fix": gpt2_periodicity_fix,
+    "gpt2-lr-inc": gpt2_lr_inc,
+    "gpt2-global-datafix": gpt2_global_datafix,
+    "gpt2-rope": gpt2_rope,
+    "gpt2-swiglu": gpt2_swiglu,
+    "gpt3-settings": gpt3_settings,
+    "modern": modern,
+    "modern-untied": modern_untied,
     "quickstart": quickstart,
     "shakespeare-char": shakespeare_char,
 }
@@ -144,12 +276,14 @@ def _group(name: str) -> str:
 def fit_micro_batch(config: Config, world_size: int) -> Config:
     """Return the config with a micro-batch: the one given, or the largest that divides.
 
-    It is at most the size's `max_micro_batch`. Raises UserError when the processes do not divide
-    the update.
+    It is at most the size's `max_micro_batch`, and as many times less as windows are longer than
+    the size's. Raises UserError when the processes do not divide the update.
     """
     if config.train.micro_batch is not None:
         return config
-    share, limit = windows_per_process(config, world_size), SIZES[config.size].max_micro_batch
+    share, size = windows_per_process(config, world_size), SIZES[config.size]
+    longer = max(config.model.block_size // size.block_size, 1)
+    limit = max(size.max_micro_batch // longer, 1)
     fitting = max(n for n in divisors(share) if n <= limit)
     return replace(config, {"train.micro_batch": fitting})
 

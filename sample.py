@@ -30,6 +30,7 @@ from distributed import pick_device
 from generate import generate
 from logs import read_config, run_directory
 from model import GPT
+from modern import build_model
 from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 
 
@@ -163,7 +164,7 @@ def _load_checkpoint(path: Path) -> tuple[GPT, Tokenizer, bool]:
     run = path.resolve().parent.parent
     state = checkpoint.read_state(path)
     tokenizer = load_tokenizer(**state.get("tokenizer", {"name": "gpt2", "alphabet": None}))
-    model = GPT(read_config(run).model)
+    model = build_model(read_config(run).model)
     checkpoint.load_model(path, model)
     return model, tokenizer, True
 

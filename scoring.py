@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
+from cross_entropy import soft_capped
 from distributed import World, any_over_ranks, autocast, compile_module, sum_over_ranks
 from likelihood import Scores
 from model import GPT
@@ -117,11 +118,15 @@ class _Head:
     """The projection onto the vocabulary, in the arithmetic of an evaluation."""
 
     def __init__(self, model: GPT, dtype: torch.dtype, excluded: np.ndarray | None):
-        self.weight, self.vocab_size = model.wte.weight.detach(), model.config.vocab_size
+        self.weight, self.vocab_size = model.head_weight.detach(), model.config.vocab_size
+        self.softcap = model.config.softcap
         # Subtracting one vector from all rows shifts a state's logits alike, which leaves the
         # softmax as it is. Logits of OpenAI's models lie around -100, where bfloat16 has steps of
         # 0.5; without what they have in common they are small, and so are their rounding errors.
         self.shift = self.weight[: self.vocab_size].mean(0)
+        if self.softcap:
+            # Bent logits are not shifted alike by it.
+            self.shift = torch.zeros_like(self.shift)
         self.centred = (self.weight - self.shift).to(dtype)
         self.excluded = None
         if excluded is not None:
@@ -156,6 +161,8 @@ class _Head:
             torch.mm(x, self.centred.T, out=logits)
         else:
             logits.copy_(x.to(self.centred.dtype) @ self.centred.T)
+        if self.softcap:
+            logits.copy_(soft_capped(logits, self.softcap))
         logits[:, self.vocab_size :] = -torch.inf
         # The largest value is found much faster than its place, and it is all that is needed.
         top, target_logits = logits.amax(1), logits[rows, targets]
@@ -170,7 +177,8 @@ class _Head:
         top = top[rows]
         others = (total - (target_logits - top).exp()).clamp(min=0)
         # The target's own logit is cheap to have without rounding.
-        above = (x[rows] * (self.weight[targets] - self.shift)).sum(1) - top
+        exact = (x[rows] * (self.weight[targets] - self.shift)).sum(1)
+        above = (soft_capped(exact, self.softcap) if self.softcap else exact) - top
         logprobs = above - (others + above.exp()).log()
         return logprobs, misses, filtered
 

@@ -1,6 +1,6 @@
 """One update, one validation, the loop.
 
-The loop is for step in range(start, total + 1): whatever is due after `step` updates (validation,
+The loop is for step in range(start, last + 1): whatever is due after `step` updates (validation,
 samples, a checkpoint) happens at its top, so that step 0 and the final weights are measured too.
 Everything that depends on time is a function of (config, step); stopping and resuming changes
 nothing.
@@ -22,6 +22,7 @@ import checkpoint
 import logs
 from command_line import run_script
 from config import Config, UserError, identity_digest, windows_per_update
+from cross_entropy import IGNORED
 from distributed import (
     World,
     any_over_ranks,
@@ -38,8 +39,7 @@ from files import write_atomically
 from fineweb import training_batches, validation_batch_count, validation_batches
 from in_loop_evals import sentence
 from manifests import manifest_digest
-from model import IGNORED
-from optim import lr_at, schedule, set_rates
+from optim import lr_at, set_rates
 from orders import update_windows
 from recipes import PROMPTS
 from sample import continuations
@@ -50,7 +50,7 @@ from trainer import Trainer, begin
 
 
 def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> tuple[int, bool]:
-    """Train until update config.train.updates, from scratch or from checkpoint `resumed`.
+    """Train until the last update, or train.stop_at, from scratch or from checkpoint `resumed`.
 
     Returns the step reached and whether the run is complete. It is not when a signal asked to stop:
     then a checkpoint has been written, at the last step too, where measurements are still missing.
@@ -60,16 +60,16 @@ def train(config: Config, run: Path, world: World, resumed: Path | None = None) 
         trainer, start = begin(config, run, world, resumed, asked)
         # A checkpoint has been measured at its step, unless a signal left no time for that.
         measured = resumed is not None and trainer.losses["val_loss"] is not None
-        bar, total = trainer.bar, trainer.total
-        batches = training_batches(trainer.data, config, world, start + 1, total)
+        bar, last = trainer.bar, trainer.last
+        batches = training_batches(trainer.data, config, world, start + 1, last)
         with contextlib.closing(batches), contextlib.closing(bar):
             bar.start()
-            for step in range(start, total + 1):
+            for step in range(start, last + 1):
                 if not trainer.stopping and (step > start or not measured):
                     measure(trainer, step)
                 if trainer.stopping and step > start:
                     save_unmeasured(trainer, step)
-                if trainer.stopping or step == total:
+                if trainer.stopping or step == last:
                     break
                 loss, norm = update(trainer, next(batches), step + 1)
                 record_update(trainer, step + 1, loss, norm)
@@ -83,7 +83,7 @@ def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[float, float]:
     UserError when either is not finite, with the weights as they were.
     """
     config, world = trainer.config, trainer.world
-    set_rates(trainer.optimizers, schedule(step, trainer.total, config.optim), config.optim)
+    set_rates(trainer.optimizers, step, trainer.total, config.optim)
     losses = accumulate_gradients(trainer, windows, step)
     clip = config.optim.grad_clip or math.inf
     grad_norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), clip)
@@ -153,7 +153,7 @@ def _seed_dropout(config: Config, step: int, window: int) -> None:
 def record_update(trainer: Trainer, step: int, loss: float, norm: float) -> None:
     """Advance the bar and, at the log interval, write the train line of update `step`."""
     config, bar = trainer.config, trainer.bar
-    if step % config.train.log_interval and step != trainer.total:
+    if step % config.train.log_interval and step != trainer.last:
         bar.update()
         return
     bar.update(loss)
@@ -181,10 +181,10 @@ def measure(trainer: Trainer, step: int) -> None:
     train = trainer.config.train
     epoch = len(trainer.data) // windows_per_update(trainer.config)
     saves = step > 0 and (_every(train.checkpoint_interval, step) or step % epoch == 0)
-    saves = saves or step == trainer.total
+    saves = saves or step == trainer.last
     validates = saves or step == 0 or _every(train.val_interval, step)
     # At step 0 as at all multiples, and in the end.
-    scores = _every(train.eval_interval, step) or step == trainer.total
+    scores = _every(train.eval_interval, step) or step == trainer.last
     scores = scores and bool(trainer.benchmarks)
     if not (validates or scores):
         return

@@ -10,12 +10,14 @@ from torch import nn
 
 import checkpoint
 import logs
-from config import Config, UserError, accumulation_steps, flops_per_token, identity_digest
+from config import Config, UserError, accumulation_steps, identity_digest
+from counts import flops_per_token
 from distributed import World, compile_module, distribute, peak_flops, pick_dtype
 from fineweb import FineWebEdu
 from in_loop_evals import Benchmark, open_benchmarks
 from manifests import find_data, manifest_digest
 from model import GPT
+from modern import build_model
 from optim import build_optimizers
 from scoring import Scorer
 from tqdm_bars import TrainingBar
@@ -43,6 +45,8 @@ class Trainer:
     optimizers: list[torch.optim.Optimizer]
     dtype: torch.dtype
     total: int
+    # Where this start ends: at `total`, or before it at train.stop_at.
+    last: int
     bar: TrainingBar
     # What is scored on the way, and by what; nothing, where train.eval_interval is 0.
     benchmarks: list[Benchmark]
@@ -74,7 +78,7 @@ def begin(
     train_data, val_data = (FineWebEdu(directory, s, block_size) for s in ("train", "val"))
     # Weights are drawn on the CPU, so that a seed means the same on every device.
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model).to(world.device)
+    model = build_model(config.model).to(world.device)
     optimizers = build_optimizers(model, config.optim, dtype)
     state = {"step": 0, "seconds": 0.0}
     if resumed is not None:
@@ -104,8 +108,9 @@ def begin(
         optimizers,
         dtype,
         total,
+        last_update(config, start),
         # The bar is drawn here, so that whatever fails to begin has a line of its own.
-        _bar(start, config, world),
+        _bar(start, last_update(config, start), config, world),
         benchmarks,
         scorer,
         earlier_seconds=state["seconds"],
@@ -115,10 +120,18 @@ def begin(
     return trainer, start
 
 
-def _bar(start: int, config: Config, world: World) -> TrainingBar:
+def last_update(config: Config, start: int) -> int:
+    """Return the step at which a run that stands at `start` ends: its last, or train.stop_at."""
+    train = config.train
+    if train.stop_at is None:
+        return train.updates
+    return max(start, min(train.stop_at, train.updates))
+
+
+def _bar(start: int, last: int, config: Config, world: World) -> TrainingBar:
     train, peak = config.train, _peak_speed(config, world)
     disable = not world.is_main
-    return TrainingBar(start, train.updates, train.tokens_per_update, peak, disable=disable)
+    return TrainingBar(start, last, train.tokens_per_update, peak, disable=disable)
 
 
 def _tidy(config: Config, run: Path, start: int, measured: bool) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bench.record import report
 from command_line import parse, run_script
+from cross_entropy import chunked_cross_entropy
 from distributed import autocast, pick_device, synchronize
-from model import chunked_cross_entropy
 
 VOCAB_SIZE, PADDED = 50257, 50304
 

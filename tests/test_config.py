@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 import config as c
 import main
 import recipes
+from checks import validate
 from command_line import parse
 from config import Config, UserError, replace
 from config_file import from_json, to_json
-from model import GPT
+from counts import flops_per_token
+from modern import build_model
 
 
 @given(
@@ -88,7 +90,7 @@ def test_accumulation_is_exact_or_refused():
     ):
         c.accumulation_steps(replace(config, {"train.micro_batch": 48}), 8)
     with pytest.raises(UserError, match="523264 and 524288 are the nearest"):
-        c.validate(replace(config, {"train.tokens_per_update": 524_000}))
+        validate(replace(config, {"train.tokens_per_update": 524_000}))
 
 
 def test_length_of_a_run():
@@ -149,11 +151,11 @@ def test_benchmarks_on_the_command_line():
 @pytest.mark.parametrize("size", recipes.SIZES)
 def test_every_recipe_runs_at_every_size(recipe, size):
     config = recipes.build(recipe, size)
-    c.validate(config)
+    validate(config)
     assert (config.recipe, config.size) == (recipe, size)
     assert c.accumulation_steps(recipes.fit_micro_batch(config, 2), 2) >= 1
     with torch.device("meta"):
-        model = GPT(dataclasses.replace(config.model, n_layer=1))
+        model = build_model(dataclasses.replace(config.model, n_layer=1))
     assert model.config.n_embd == config.model.n_embd
 
 
@@ -177,7 +179,7 @@ def test_unknown_names_suggest_the_nearest():
 
 
 def test_flops_of_gpt2():
-    assert c.flops_per_token(Config().model) == pytest.approx(0.86e9, rel=0.01)
+    assert flops_per_token(Config().model) == pytest.approx(0.86e9, rel=0.01)
 
 
 JSON = st.recursive(

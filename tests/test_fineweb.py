@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from config import Config, TrainConfig, UserError, replace
+from cross_entropy import IGNORED
 from distributed import World
 from documents import DocumentOrder, index_path, write_index
 from fineweb import (
@@ -20,7 +21,6 @@ from fineweb import (
     validation_batches,
 )
 from manifests import npy_header
-from model import IGNORED
 from orders import permute, subseed, update_windows
 from tests.tiny import make_data, tiny_config
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import ModelConfig, parameter_count
+from config import ModelConfig
+from counts import parameter_count
+from cross_entropy import IGNORED
 from hf import state_dict_from_transformers
-from model import GPT, IGNORED
+from model import GPT
 
 TINY = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=16, vocab_size=61)
 

@@ -67,9 +67,10 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 
 def test_rates_reach_both_optimizers():
-    optim = OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.02)
+    optim = OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.02, warmup=0.1)
     optimizers = build_optimizers(tiny_model(), optim, torch.float32)
-    set_rates(optimizers, 0.5, optim)
+    # The fifth of ten updates of warm-up.
+    set_rates(optimizers, 5, 100, optim)
     rates = [{group["lr"] for group in optimizer.param_groups} for optimizer in optimizers]
     assert rates == [{5e-4}, {0.01}]
 
