@@ -32,7 +32,9 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    _require(optim.head_lr is None or optim.head_lr > 0, "optim.head_lr must be above 0.")
+    _require(
+        optim.head_lr is None or 0 < optim.head_lr < math.inf, "optim.head_lr must be above 0."
+    )
     for name in ("lr", "muon_lr", "eps"):
         _require(0 < getattr(optim, name) < math.inf, f"optim.{name} must be above 0.")
     for name in ("weight_decay", "muon_weight_decay", "grad_clip"):

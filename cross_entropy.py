@@ -68,9 +68,9 @@ def _log_softmax(x, weight, targets, vocab_size, softcap, wants_grad):
     on_cpu = x.device.type == "cpu"
     # On a CPU, 128 rows of 50,304 float32 still fit the last-level cache.
     step = min(128, len(x)) if on_cpu else len(x)
-    buffer = _scratch(2 * step if softcap else step, weight, torch.float32)
-    buffer, slope = buffer[:step], buffer[step:]
-    dlogits = _scratch(len(x), weight, weight.dtype) if wants_grad else None
+    buffer = _scratch("logits", step, weight, torch.float32)
+    slope = _scratch("slope", step, weight, torch.float32) if softcap else None
+    dlogits = _scratch("gradient", len(x), weight, weight.dtype) if wants_grad else None
     logps = []
     for rows in (slice(start, start + step) for start in range(0, len(x), step)):
         probs = buffer[: len(targets[rows])]
@@ -110,18 +110,19 @@ def _soft_cap_(logits, cap, slope):
         root.pow_(3)
 
 
-def _scratch(rows, weight, dtype):
-    """Return memory for (rows, len(weight)) numbers; on a CPU the same one every time.
+def _scratch(use, rows, weight, dtype):
+    """Return memory for (rows, len(weight)) numbers; on a CPU the same one for the same `use`.
 
     A CPU program that gives tens of megabytes back to the system and asks for them again spends a
     tenth of its time on fresh pages.
     """
     if weight.device.type != "cpu" or torch.compiler.is_compiling():
         return weight.new_empty(rows, len(weight), dtype=dtype)
-    return _kept_memory(rows, len(weight), dtype)
+    return _kept_memory(use, rows, len(weight), dtype)
 
 
-@functools.lru_cache(maxsize=4)
+# Three uses, each with another shape where the last rows do not fill a chunk.
+@functools.lru_cache(maxsize=6)
 @torch.inference_mode(False)
-def _kept_memory(rows, columns, dtype):
+def _kept_memory(use, rows, columns, dtype):
     return torch.empty(rows, columns, dtype=dtype)

@@ -220,8 +220,11 @@ def _newest_checkpoint(run: Path, world: "World") -> Path | None:
 
 def resume_command(config: Config) -> str:
     """Return the command that continues a run."""
-    where = f" --train.runs-dir {config.train.runs_dir}" if config.train.runs_dir != "runs" else ""
-    return f"python main.py --resume {config.name}{where}"
+    train = config.train
+    where = f" --train.runs-dir {train.runs_dir}" if train.runs_dir != "runs" else ""
+    # The one in config.json may be that of an earlier start.
+    end = "" if train.stop_at is None else f" --train.stop-at {train.stop_at}"
+    return f"python main.py --resume {config.name}{where}{end}"
 
 
 def summary(config: Config, run: Path, world: "World") -> str:
@@ -273,7 +276,7 @@ def conclude(config: Config, run: Path, step: int) -> None:
     results.report([run])
     again = f"{resume_command(config)}   (where a run was interrupted; this one is done)"
     if step < config.train.updates:
-        again = f"{resume_command(config)} --train.stop-at {config.train.updates}"
+        again = resume_command(replace(config, {"train.stop_at": config.train.updates}))
     print(
         f"\nlook again   python results.py {run}\n"
         f'write text   python sample.py {run} --prompt "{recipes.PROMPTS[0]}"\n'

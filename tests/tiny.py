@@ -127,7 +127,9 @@ def fields(config: Config) -> list[str]:
     for group in ("model", "optim", "train"):
         for name in getattr(config, group).__dataclass_fields__:
             value = getattr(getattr(config, group), name)
-            if value is not None:
+            if isinstance(value, bool):
+                options.append(f"--{group}.{'' if value else 'no-'}{name.replace('_', '-')}")
+            elif value is not None:
                 words = value if isinstance(value, tuple) else (value,)
                 options += [f"--{group}.{name.replace('_', '-')}", *map(str, words)]
     return options
