@@ -25,6 +25,12 @@ SCORE_BASELINES = {
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE = {
+    **{"font.size": 9.5, "axes.titlesize": 10.5, "legend.fontsize": 9},
+    **{"axes.spines.top": False, "grid.alpha": 0.25},
+    # Identifiers in an SVG are drawn from this, and so are the same every time.
+    "svg.hashsalt": "gpt2",
+}
 MARKERS, STYLES, GREY = "osD^", ("-", "--", "-.", ":"), "#6b6b6b"
 RULES = [{"color": "black", "lw": 1, "ls": (0, dashes)} for dashes in ((6, 3), (2, 2))]
 
@@ -38,8 +44,7 @@ def draw(runs: list[Run]) -> list[Path]:
     from matplotlib.figure import Figure
 
     stem = runs[0].directory / "figures" / ("results" if len(runs) == 1 else "overlay")
-    style = {"font.size": 9.5, "axes.spines.top": False, "axes.titlesize": 10.5, "grid.alpha": 0.25}
-    with matplotlib.rc_context({**style, "svg.hashsalt": "gpt2", "legend.fontsize": 9}):
+    with matplotlib.rc_context(STYLE):
         # A Figure made without pyplot renders through Agg and needs no window system.
         figure = Figure(figsize=(12.5, 5.4), dpi=150, layout="constrained")
         figure.suptitle(_title(runs), fontsize=12, fontweight="bold")
@@ -51,10 +56,15 @@ def draw(runs: list[Run]) -> list[Path]:
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.margins(x=0.02)
             axes.grid(True)
-        return [
-            _save(figure, stem.with_suffix(".png"), {"Software": None}),
-            _save(figure, stem.with_suffix(".svg"), {"Date": None}),
-        ]
+        return save(figure, stem)
+
+
+def save(figure: Any, stem: Path) -> list[Path]:
+    """Write a figure as PNG and SVG, without dates and versions, and return both paths."""
+    return [
+        _save(figure, stem.with_suffix(".png"), {"Software": None}),
+        _save(figure, stem.with_suffix(".svg"), {"Date": None}),
+    ]
 
 
 def _save(figure: Any, path: Path, metadata: dict[str, None]) -> Path:
@@ -81,8 +91,8 @@ def _draw_losses(axes: Any, runs: list[Run]) -> None:
     for i, run in enumerate(runs):
         validation = points(run, "val", "loss")
         (curve,) = axes.plot(validation.steps, validation.values, linestyle="none", zorder=3)
-        curve.set(color=PALETTE[1] if len(runs) == 1 else _color(i))
-        _mark(curve, MARKERS[i // len(PALETTE) % 4])
+        curve.set(color=PALETTE[1] if len(runs) == 1 else color_of(i))
+        mark(curve, MARKERS[i // len(PALETTE) % 4])
         if len(runs) == 1:
             curve.set_label(f"validation loss, least {least(validation)}")
     if len(runs) > 1:
@@ -135,13 +145,13 @@ def _draw_scores(axes: Any, runs: list[Run]) -> None:
     for i, run in enumerate(runs):
         for name, score in _shares(run).items():
             j = names.index(name)
-            color, dashes = (_color(j), "-") if alone else (_color(i), STYLES[j % 4])
+            color, dashes = (color_of(j), "-") if alone else (color_of(i), STYLES[j % 4])
             label = " ".join(name) if alone else f"{run.name}: {' '.join(name)}"
             values, errors = 100 * score.values, 100 * score.errors
             band = (values - errors, values + errors)
             axes.fill_between(score.steps, *band, color=color, alpha=0.2, linewidth=0)
             (curve,) = axes.plot(score.steps, values, color=color, linestyle=dashes, label=label)
-            _mark(curve, MARKERS[j % 4])
+            mark(curve, MARKERS[j % 4])
     for name in names if _comparable(runs) and _complete(runs) else ():
         for (label, low, high), rule in zip(SCORE_BASELINES.get(name, ()), RULES, strict=False):
             axes.axhspan(low, high, color="black", alpha=0.25, linewidth=0)
@@ -180,13 +190,14 @@ def _comparable(runs: list[Run]) -> bool:
     return all(run.data == BASELINE_DATA for run in runs)
 
 
-def _mark(curve: Any, marker: str) -> None:
+def mark(curve: Any, marker: str) -> None:
     """Mark some forty points of a curve; markers that touch would hide it."""
     every = math.ceil(len(curve.get_xdata()) / 40) or 1
     curve.set(marker=marker, markevery=every, markersize=6, markeredgecolor="white")
 
 
-def _color(i: int) -> str:
+def color_of(i: int) -> str:
+    """Return the colour of the i-th curve; after the palette they come again."""
     return PALETTE[i % len(PALETTE)]
 
 
@@ -197,9 +208,9 @@ def _draw_noisy(axes: Any, runs: list[Run], key: str, label: str) -> None:
         if len(runs) == 1:
             name = label
             # One picture instead of a hundred thousand line segments keeps the SVG small.
-            (raw,) = axes.plot(series.steps, series.values, color=_color(i), linewidth=0.8)
+            (raw,) = axes.plot(series.steps, series.values, color=color_of(i), linewidth=0.8)
             raw.set(alpha=0.25, rasterized=True)
-        axes.plot(series.steps, smooth(series.values), color=_color(i), label=name)
+        axes.plot(series.steps, smooth(series.values), color=color_of(i), label=name)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -219,7 +230,7 @@ def _second_axis(axes: Any, runs: list[Run], key: str, label: str) -> Any:
     second = axes.twinx()
     for i, run in enumerate(runs):
         series = points(run, "train", key)
-        second.plot(series.steps, series.values, ":", color=GREY if len(runs) == 1 else _color(i))
+        second.plot(series.steps, series.values, ":", color=GREY if len(runs) == 1 else color_of(i))
     second.plot([], [], ":", color=GREY, label=label)
     second.set_ylim(0, second.get_ylim()[1])
     second.set_ylabel(label, color=GREY)

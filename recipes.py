@@ -76,7 +76,6 @@ def modern(config: Config) -> Config:
             "model.bias": False,
             "model.positions": "rotary",
             "model.norm": "rmsnorm",
-            "model.activation": "relu2",
             "model.qk_norm": True,
             "model.zero_init": True,
             "model.x0_shortcut": True,

@@ -11,16 +11,26 @@ from tests.conftest import ROOT
 
 # From the bottom to the top; a module imports only modules that stand before it.
 ORDER = (
-    *("config", "config_file", "command_line", "recipes", "files", "tokenizer", "left_out"),
+    *(
+        "config",
+        "checks",
+        "config_file",
+        "counts",
+        "command_line",
+        "recipes",
+        "files",
+        "tokenizer",
+        "left_out",
+    ),
     *("manifests", "writer", "shards", "tqdm_bars", "orders", "documents", "verify"),
     *("download", "chunks", "pydocs", "sources", "workers", "preparation", "load_fineweb"),
     *("likelihood", "benchmark", "hellaswag", "lambada", "cbt", "wikitext", "tasks", "packing"),
-    *("logs", "metrics", "figures", "published", "signals"),
-    *("model", "optim", "distributed", "fineweb", "checkpoint", "hf"),
+    *("logs", "metrics", "figures", "comparison", "comparison_figures", "published", "signals"),
+    *("cross_entropy", "model", "modern", "optim", "distributed", "fineweb", "checkpoint", "hf"),
     *("generate", "sample", "scoring", "evaluation", "in_loop_evals", "trainer", "train"),
-    *("lm_eval_adapter", "evaluate", "results", "main"),
+    *("lm_eval_adapter", "evaluate", "results", "main", "arms", "experiments"),
 )
-WITHOUT_TORCH = (*ORDER[: ORDER.index("model")], "results", "main")
+WITHOUT_TORCH = (*ORDER[: ORDER.index("model")], "results", "main", "arms", "experiments")
 
 
 def imports(module: str) -> set[str]:
