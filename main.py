@@ -239,6 +239,7 @@ def summary(config: Config, run: Path, world: "World") -> str:
     tokens = train.updates * train.tokens_per_update
     dtype = str(pick_dtype(train.dtype, world.device)).removeprefix("torch.")
     steps = accumulation_steps(config, world.size)
+    end = "" if train.stop_at is None else f" (stopping after update {train.stop_at:,})"
     rows = {
         "run": f"{config.recipe} at size {config.size}, in {run}",
         "model": f"{parameter_count(model):,} parameters: {model.n_layer} layers, "
@@ -246,7 +247,8 @@ def summary(config: Config, run: Path, world: "World") -> str:
         f"vocabulary {model.vocab_size:,}{parts(model)}",
         "data": f"{config.data}: {train_tokens:,} training and {manifest.tokens('val'):,} "
         f"validation tokens, {train.order.replace('_', ' ')}",
-        "updates": f"{train.updates:,} of {train.tokens_per_update:,} tokens, {tokens:,} in all: "
+        "updates": f"{train.updates:,} of {train.tokens_per_update:,} tokens, "
+        f"{tokens:,} in all{end}: "
         f"{train.updates / per_epoch:.2f} epochs of {per_epoch:,} updates "
         f"(the last {windows % size} of {windows:,} windows do not fill one)",
         "batch": f"{size} windows = {world.size} process(es) x {steps} accumulation step(s) x "
@@ -261,9 +263,8 @@ def parts(model: ModelConfig) -> str:
     """Return what a model has that GPT-2 has not, each part after a comma."""
     default = ModelConfig()
     found = []
-    for name in (name.removeprefix("model.") for name in LATER_FIELDS):
-        value = getattr(model, name, None)
-        if name in vars(default) and value != getattr(default, name):
+    for name, value in vars(model).items():
+        if f"model.{name}" in LATER_FIELDS and value != getattr(default, name):
             words = name.replace("_", " ")
             found.append(value if isinstance(value, str) else words if value else f"no {words}")
     return "".join(f", {part}" for part in found)

@@ -125,7 +125,7 @@ class _Head:
         # 0.5; without what they have in common they are small, and so are their rounding errors.
         self.shift = self.weight[: self.vocab_size].mean(0)
         if self.softcap:
-            # Bent logits are not shifted alike by it.
+            # Bent logits are small, and a shift before the bend would not be the same for all.
             self.shift = torch.zeros_like(self.shift)
         self.centred = (self.weight - self.shift).to(dtype)
         self.excluded = None
