@@ -30,7 +30,7 @@ ORDER = (
     *("generate", "sample", "scoring", "evaluation", "in_loop_evals", "trainer", "train"),
     *("lm_eval_adapter", "evaluate", "results", "main", "arms", "experiments"),
 )
-WITHOUT_TORCH = (*ORDER[: ORDER.index("model")], "results", "main", "arms", "experiments")
+WITHOUT_TORCH = (*ORDER[: ORDER.index("cross_entropy")], "results", "main", "arms", "experiments")
 
 
 def imports(module: str) -> set[str]:
