@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,10 @@ from tokenizer import gpt2_tokenizer
 
 # Bytes of text that may wait for their turn, however large the chunks and however many the workers.
 AHEAD_BYTES = 256 << 20
+
+# A worker's exit status after SIGTERM, and whether it has been asked to end.
+ENDED = 128 + signal.SIGTERM
+_ending = threading.Event()
 
 
 class Tokenized(NamedTuple):
@@ -102,7 +107,7 @@ def _in_processes(
                 done, size, future = waiting.popleft()
                 ahead -= size
                 yield done, future.result()
-            waiting.append((number, chunk.size, pool.submit(work, chunk)))
+            waiting.append((number, chunk.size, pool.submit(_worked, work, chunk)))
             ahead += chunk.size
         while waiting:
             done, _, future = waiting.popleft()
@@ -142,8 +147,28 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _worked(work: Callable[[Chunk], Tokenized], chunk: Chunk) -> Tokenized:
+    """Return what a worker makes of a chunk, unless it was asked to end meanwhile."""
+    found = work(chunk)
+    if _ending.is_set():
+        os._exit(ENDED)
+    return found
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:
+    """End this worker, but not while it sends its tokens: the pool would wait for their rest.
+
+    Whatever it sends now has gone in a second, and nothing more is sent.
+    """
+    _ending.set()
+    timer = threading.Timer(1.0, os._exit, [ENDED])
+    timer.daemon = True
+    timer.start()
+
+
 def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
