@@ -24,7 +24,7 @@ def draw_overlay(found: list[Entry], directory: Path) -> list[Path]:
 
     datasets = _datasets(found)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.5 + 6.5 * len(datasets), 5.8), dpi=150, layout="constrained")
+        figure = Figure(figsize=_size(found), dpi=150, layout="constrained")
         panels = figure.subplots(1, len(datasets), squeeze=False)[0]
         for axes, data in zip(panels, datasets, strict=True):
             _draw_curves(axes, [entry for entry in found if entry.data == data])
@@ -44,7 +44,7 @@ def draw_rates(found: list[Entry], directory: Path) -> list[Path]:
 
     datasets = _datasets(found)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.5 + 6.5 * len(datasets), 5.8), dpi=150, layout="constrained")
+        figure = Figure(figsize=_size(found), dpi=150, layout="constrained")
         panels = figure.subplots(1, len(datasets), squeeze=False)[0]
         for axes, data in zip(panels, datasets, strict=True):
             here = [entry for entry in found if entry.data == data]
@@ -54,6 +54,12 @@ def draw_rates(found: list[Entry], directory: Path) -> list[Path]:
             axes.set_ylabel("final validation loss (nats a token)")
             _finish(axes)
         return save(figure, directory / "rates")
+
+
+def _size(found: list[Entry]) -> tuple[float, float]:
+    """Return width and height in inches: a panel a data set, and room for a line an arm below."""
+    datasets = _datasets(found)
+    return 1.5 + 6.5 * len(datasets), 4.8 + 0.25 * len(found) / len(datasets)
 
 
 def _datasets(found: list[Entry]) -> list[str]:
@@ -133,4 +139,7 @@ def _finish(axes: Any) -> None:
     """Draw the grid, and the legend under the panel, where it hides no curve."""
     axes.margins(x=0.02)
     axes.grid(True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False)
+    # Two columns of long names would leave no room for the panel.
+    names = axes.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, names)) <= 45 else 1
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=columns, frameon=False)
