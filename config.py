@@ -298,3 +298,14 @@ def total_updates(config: Config, windows: int) -> int:
     if train.epochs is not None:
         return max(1, round(train.epochs * per_epoch))
     return max(1, train.tokens // train.tokens_per_update)
+
+
+def last_update(config: Config, start: int = 0) -> int:
+    """Return the step at which a run that stands at `start` ends: its last, or train.stop_at.
+
+    The number of updates is known, as it is once the data is.
+    """
+    train = config.train
+    if train.stop_at is None:
+        return train.updates
+    return max(start, min(train.stop_at, train.updates))

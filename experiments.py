@@ -29,7 +29,7 @@ from arms import Options, Planned, planned_runs, read_command
 from command_line import run_script
 from comparison import Trial
 from comparison_figures import draw_overlay, draw_rates
-from config import UserError
+from config import UserError, last_update
 from files import locked, write_atomically
 from metrics import Run, points, read_run
 from signals import stop_requests
@@ -192,8 +192,7 @@ def is_done(run: Planned) -> bool:
 
 def finished(run: Planned) -> Run | None:
     """Return a run as it stands on disk if it has validated its last update, else None."""
-    train = run.config.train
-    last = train.updates if train.stop_at is None else min(train.stop_at, train.updates)
+    last = last_update(run.config)
     try:
         found = read_run(run.directory)
     except UserError:

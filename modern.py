@@ -1,8 +1,8 @@
 """A GPT that needs fewer tokens than GPT-2: one block, and what lies around it.
 
-Always on: no biases, norms without gains, the embedding normalised before the first block. Each
-part that can be switched off in the config says so there; recipes.py turns on what earned its
-place in EXPERIMENTS.md. The selection of parts is that of modded-nanogpt (Jordan et al. 2024).
+Always on: no biases, norms without gains, the embedding normalised before the first block. The
+other parts are switches of the config; recipes.py says which are on, and EXPERIMENTS.md what each
+is worth. The selection of parts is that of modded-nanogpt (Jordan et al. 2024).
 """
 
 import torch

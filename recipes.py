@@ -72,8 +72,8 @@ def modern(config: Config) -> Config:
     as a gain at 124M, lost at nano, so the MLP keeps GELU (EXPERIMENTS.md has all parts).
 
     Command: `torchrun --standalone --nproc_per_node=8 main.py modern`.
-    Cost: 8.4e18 FLOP at 124M, with 123,532,067 parameters; 4 minutes at nano on two CPU cores.
-    Expected: at nano, the final loss of `gpt2-baseline` at its best rate after a quarter of its
+    Cost: 8.4e18 FLOP at 124M, with 123,532,067 parameters; at nano 7.5 minutes on one CPU core.
+    Expected: at nano, the final loss of `gpt2-baseline` at its best rate after a fifth of its
     tokens; not measured at 124M yet.
     """
     return replace(

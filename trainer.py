@@ -10,7 +10,7 @@ from torch import nn
 
 import checkpoint
 import logs
-from config import Config, UserError, accumulation_steps, identity_digest
+from config import Config, UserError, accumulation_steps, identity_digest, last_update
 from counts import flops_per_token
 from distributed import World, compile_module, distribute, peak_flops, pick_dtype
 from fineweb import FineWebEdu
@@ -88,6 +88,7 @@ def begin(
         checkpoint.load_optimizers(resumed, model, optimizers)
     compiled = compile_module(model, config.train.compile, world)
     start, total = state["step"], config.train.updates
+    last = last_update(config, start)
     losses = {name: state.get(name) for name in MEASURED}
     if world.is_main:
         _tidy(config, run, start, losses["val_loss"] is not None)
@@ -108,9 +109,9 @@ def begin(
         optimizers,
         dtype,
         total,
-        last_update(config, start),
+        last,
         # The bar is drawn here, so that whatever fails to begin has a line of its own.
-        _bar(start, last_update(config, start), config, world),
+        _bar(start, last, config, world),
         benchmarks,
         scorer,
         earlier_seconds=state["seconds"],
@@ -118,14 +119,6 @@ def begin(
         asked=asked,
     )
     return trainer, start
-
-
-def last_update(config: Config, start: int) -> int:
-    """Return the step at which a run that stands at `start` ends: its last, or train.stop_at."""
-    train = config.train
-    if train.stop_at is None:
-        return train.updates
-    return max(start, min(train.stop_at, train.updates))
 
 
 def _bar(start: int, last: int, config: Config, world: World) -> TrainingBar:

@@ -16,11 +16,10 @@ import main
 import metrics
 import train as training
 from checks import validate
-from config import Config, UserError, changed_identity, identity_digest, replace
+from config import Config, UserError, changed_identity, identity_digest, last_update, replace
 from distributed import World
 from optim import lr_at
 from tests.tiny import fields, make_data, tiny_config
-from trainer import last_update
 
 ALONE = World(0, 1, torch.device("cpu"))
 TOTAL = 12
