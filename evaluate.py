@@ -18,7 +18,8 @@ import tyro
 from benchmark import Task, sha256_of
 from command_line import parse, run_script
 from config import UserError
-from distributed import World, barrier, join_world, pick_dtype
+from devices import pick_dtype
+from distributed import World, barrier, join_world
 from evaluation import Result, evaluate
 from files import write_atomically
 from likelihood import loses_context

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
-from distributed import World, autocast, barrier
+from devices import autocast
+from distributed import World, barrier
 from generate import generate
 from likelihood import Request, Scores
 from packing import plan

@@ -229,7 +229,7 @@ def resume_command(config: Config) -> str:
 
 def summary(config: Config, run: Path, world: "World") -> str:
     """Return what is about to happen, for a person to check before it does."""
-    from distributed import pick_dtype
+    from devices import pick_dtype
 
     model, train = config.model, config.train
     manifest = read_manifest(find_data(config.data))

@@ -26,7 +26,7 @@ import checkpoint
 import hf
 from command_line import parse, run_script
 from config import UserError
-from distributed import pick_device
+from devices import pick_device
 from generate import generate
 from logs import read_config, run_directory
 from model import GPT

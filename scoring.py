@@ -14,7 +14,8 @@ from torch import Tensor
 
 from config import UserError
 from cross_entropy import soft_capped
-from distributed import World, any_over_ranks, autocast, compile_module, sum_over_ranks
+from devices import autocast
+from distributed import World, any_over_ranks, compile_module, sum_over_ranks
 from likelihood import Scores
 from model import GPT
 from packing import Batch, Plan

@@ -1,4 +1,4 @@
-"""One update, one validation, the loop.
+"""One update, and the loop around it.
 
 The loop is for step in range(start, last + 1): whatever is due after `step` updates (validation,
 samples, a checkpoint) happens at its top, so that step 0 and the final weights are measured too.
@@ -9,7 +9,6 @@ As a script, the all-reduce check: torchrun --standalone --nproc_per_node=8 trai
 """
 
 import contextlib
-import itertools
 import json
 import math
 from pathlib import Path
@@ -18,34 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoint
 import logs
+from all_reduce import check_all_reduce
 from command_line import run_script
-from config import Config, UserError, identity_digest, windows_per_update
-from cross_entropy import IGNORED
+from config import Config, UserError
+from devices import autocast
 from distributed import (
     World,
-    any_over_ranks,
-    autocast,
-    barrier,
-    check_all_reduce,
     gather_over_ranks,
     join_world,
     sum_over_ranks,
-    synchronize,
 )
-from evaluation import evaluate, headline
 from files import write_atomically
-from fineweb import training_batches, validation_batch_count, validation_batches
-from in_loop_evals import sentence
-from manifests import manifest_digest
+from fineweb import training_batches
+from measuring import measure, save_unmeasured
 from optim import lr_at, set_rates
 from orders import update_windows
-from recipes import PROMPTS
-from sample import continuations
 from signals import stop_requests
-from tokenizer import can_encode
-from tqdm_bars import EvaluationBar
 from trainer import Trainer, begin
 
 
@@ -171,163 +159,6 @@ def record_update(trainer: Trainer, step: int, loss: float, norm: float) -> None
             "seconds": trainer.seconds,
         }
         logs.append_metrics(trainer.run, line)
-
-
-def measure(trainer: Trainer, step: int) -> None:
-    """Do what is due after `step` updates: validate, score benchmarks, sample, save a checkpoint.
-
-    A request to stop leaves it undone, for when the run is resumed.
-    """
-    train = trainer.config.train
-    epoch = len(trainer.data) // windows_per_update(trainer.config)
-    saves = step > 0 and (_every(train.checkpoint_interval, step) or step % epoch == 0)
-    saves = saves or step == trainer.last
-    validates = saves or step == 0 or _every(train.val_interval, step)
-    # At step 0 as at all multiples, and in the end.
-    scores = _every(train.eval_interval, step) or step == trainer.last
-    scores = scores and bool(trainer.benchmarks)
-    if not (validates or scores):
-        return
-    synchronize(trainer.world.device)
-    with trainer.bar.paused():
-        if validates:
-            record_validation(trainer, step)
-        if scores and not trainer.stopping:
-            record_scores(trainer, step)
-        if trainer.stopping:
-            return
-        if (saves or step == 0) and trainer.world.is_main:
-            write_samples(trainer, step)
-        if saves and step > 0:
-            save_checkpoint(trainer, step)
-
-
-def _every(interval: int, step: int) -> bool:
-    return interval > 0 and step % interval == 0
-
-
-def record_validation(trainer: Trainer, step: int) -> None:
-    """Validate, write the val line and print it above the bar; raises UserError for nan or inf."""
-    sums = validate(trainer)
-    if trainer.stopping:
-        return
-    nats, tokens, text_bytes = sums
-    loss = nats / tokens
-    if not math.isfinite(loss):
-        raise UserError(
-            f"After update {step} the validation loss is {loss:g}: the weights have diverged, so "
-            "no checkpoint is made of them. The ones before are good; start again with a lower "
-            "--optim.lr."
-        )
-    bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else None
-    trainer.losses |= {"val_loss": loss, "bits_per_byte": bits_per_byte}
-    line = {"kind": "val", "step": step}
-    line |= {"tokens": step * trainer.config.train.tokens_per_update, "loss": loss}
-    if bits_per_byte is not None:
-        line["bits_per_byte"] = bits_per_byte
-    per_byte = f", {bits_per_byte:.3f} bits a byte" if bits_per_byte is not None else ""
-    trainer.bar.write(f"step {step:>6}: validation loss {loss:.4f}{per_byte}")
-    if trainer.world.is_main:
-        logs.append_metrics(trainer.run, line)
-
-
-def record_scores(trainer: Trainer, step: int) -> None:
-    """Score the benchmarks, write an eval line each and print it above the bar.
-
-    A request to stop ends it, and sets `stopping`, without a line for what was not finished.
-    """
-    for benchmark in trainer.benchmarks:
-        task = benchmark.task
-        result = evaluate(trainer.scorer, task, benchmark.plan, trainer.asked.is_set)
-        trainer.stopping = result is None
-        if trainer.stopping:
-            return
-        latest = {task.name: {"step": step, **result.metrics}}
-        trainer.losses["scores"] = (trainer.losses["scores"] or {}) | latest
-        trainer.bar.write(f"step {step:>6}: {sentence(benchmark, result.metrics)}")
-        # The first benchmark is the one to watch.
-        if benchmark is trainer.benchmarks[0]:
-            trainer.bar.show_score(f"{task.name} {headline(task, result.metrics)}")
-        if trainer.world.is_main:
-            line = {"kind": "eval", "step": step}
-            line |= {"tokens": step * trainer.config.train.tokens_per_update, "task": task.name}
-            line |= {"examples": result.examples, **result.metrics, "seconds": result.seconds}
-            logs.append_metrics(trainer.run, line)
-
-
-@torch.no_grad()
-def validate(trainer: Trainer) -> tuple[float, float, float]:
-    """Return the nats, the tokens and the bytes of text of the validation tokens, over all ranks.
-
-    Every validation of every run reads the same tokens; ranks share them and their sums are added.
-    A request to stop cuts it short and sets `stopping`.
-    """
-    config, world, data = trainer.config, trainer.world, trainer.val_data
-    token_bytes = data.stream.tokenizer.token_bytes()
-    sums = torch.zeros(3, dtype=torch.float64)
-    trainer.compiled.eval()
-    batches = validation_batches(data, config, world)
-    # The first process has as many batches as any; the others go round with it, to agree.
-    count = validation_batch_count(data, config, World(0, world.size, world.device))
-    with EvaluationBar("validating", count, "batch", disable=not world.is_main) as bar:
-        for _ in range(count):
-            trainer.stopping = any_over_ranks(trainer.asked.is_set(), world)
-            if trainer.stopping:
-                break
-            for inputs, targets in itertools.islice(batches, 1):
-                sums += _score(trainer, inputs, targets, token_bytes)
-            bar.update()
-    trainer.compiled.train()
-    # MPS has no float64, but then there is nobody to add up with.
-    device = world.device if world.size > 1 else "cpu"
-    return tuple(sum_over_ranks(sums.to(device)).tolist())
-
-
-def _score(trainer: Trainer, inputs: Tensor, targets: Tensor, token_bytes: np.ndarray) -> Tensor:
-    """Return the nats, the tokens and the bytes of text of one batch, float64 (3,)."""
-    device = trainer.world.device
-    scored = targets[targets != IGNORED]
-    with autocast(device, trainer.dtype):
-        _, mean = trainer.compiled(inputs.to(device), targets.to(device))
-    text_bytes = token_bytes[scored.numpy()].sum()
-    return torch.tensor([mean.item() * len(scored), len(scored), text_bytes], dtype=torch.float64)
-
-
-def write_samples(trainer: Trainer, step: int) -> None:
-    """Continue the fixed prompts, on one process, into samples.md."""
-    train, tokenizer = trainer.config.train, trainer.data.stream.tokenizer
-    if train.sample_tokens == 0:
-        return
-    prompts = [prompt for prompt in PROMPTS if can_encode(tokenizer, prompt)]
-    with autocast(trainer.world.device, trainer.dtype):
-        texts = continuations(trainer.model, tokenizer, prompts, train.sample_tokens, train.seed)
-    logs.append_samples(trainer.run, step, prompts, texts)
-
-
-def save_unmeasured(trainer: Trainer, step: int) -> None:
-    """Save where a signal stopped the run; if a measurement is due, resuming begins with it."""
-    trainer.losses |= {"val_loss": None, "bits_per_byte": None}
-    with trainer.bar.paused():
-        save_checkpoint(trainer, step)
-
-
-def save_checkpoint(trainer: Trainer, step: int) -> None:
-    """Save, on one process while the others wait, and delete what need not be kept."""
-    if trainer.world.is_main:
-        tokenizer = trainer.data.stream.tokenizer
-        state = {
-            "config_digest": identity_digest(trainer.config),
-            "data_manifest_sha256": manifest_digest(trainer.data.stream.directory),
-            "seconds": trainer.seconds,
-            "tokenizer": {
-                "name": tokenizer.name,
-                "alphabet": getattr(tokenizer, "alphabet", None),
-            },
-            **trainer.losses,
-        }
-        checkpoint.save(trainer.run, step, trainer.model, trainer.optimizers, state)
-        checkpoint.prune(trainer.run, trainer.config.train.keep_checkpoints, step)
-    barrier()
 
 
 def main() -> None:

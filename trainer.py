@@ -12,7 +12,8 @@ import checkpoint
 import logs
 from config import Config, UserError, accumulation_steps, identity_digest, last_update
 from counts import flops_per_token
-from distributed import World, compile_module, distribute, peak_flops, pick_dtype
+from devices import peak_flops, pick_dtype
+from distributed import World, compile_module, distribute
 from fineweb import FineWebEdu
 from in_loop_evals import Benchmark, open_benchmarks
 from manifests import find_data, manifest_digest

@@ -29,7 +29,8 @@ from bench.processes import in_fresh_process, peak, reset_peak
 from bench.record import report
 from benchmark import Task
 from config import ModelConfig
-from distributed import World, autocast, pick_device
+from devices import autocast, pick_device
+from distributed import World
 from evaluate import BATCH_TOKENS
 from likelihood import Request, windows
 from model import GPT

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.record import report
 from command_line import parse, run_script
 from cross_entropy import chunked_cross_entropy
-from distributed import autocast, pick_device, synchronize
+from devices import autocast, pick_device, synchronize
 
 VOCAB_SIZE, PADDED = 50257, 50304
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import distributed
+import devices
 from config import UserError
-from distributed import autocast, pick_device, pick_dtype
+from devices import autocast, pick_device, pick_dtype
 from tests.tiny import ROOT, script
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_devices_and_dtypes():
 @pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", "bf16 i8mm"])
 def test_auto_dtype_follows_the_processor(tmp_path, monkeypatch, flag):
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(distributed, "Path", lambda name: cpuinfo)
+    monkeypatch.setattr(devices, "Path", lambda name: cpuinfo)
     assert pick_dtype("auto", CPU) == torch.float32
     cpuinfo.write_text("flags : avx512f")
     assert pick_dtype("auto", CPU) == torch.float32

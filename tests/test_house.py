@@ -26,11 +26,21 @@ ORDER = (
     *("download", "chunks", "pydocs", "sources", "workers", "preparation", "load_fineweb"),
     *("likelihood", "benchmark", "hellaswag", "lambada", "cbt", "wikitext", "tasks", "packing"),
     *("logs", "metrics", "figures", "comparison", "comparison_figures", "published", "signals"),
-    *("cross_entropy", "model", "modern", "optim", "distributed", "fineweb", "checkpoint", "hf"),
-    *("generate", "sample", "scoring", "evaluation", "in_loop_evals", "trainer", "train"),
+    *("devices", "distributed", "all_reduce", "cross_entropy", "model", "modern", "muon", "optim"),
+    *("fineweb", "checkpoint", "hf"),
+    *(
+        "generate",
+        "sample",
+        "scoring",
+        "evaluation",
+        "in_loop_evals",
+        "trainer",
+        "measuring",
+        "train",
+    ),
     *("lm_eval_adapter", "evaluate", "results", "main", "arms", "experiments"),
 )
-WITHOUT_TORCH = (*ORDER[: ORDER.index("cross_entropy")], "results", "main", "arms", "experiments")
+WITHOUT_TORCH = (*ORDER[: ORDER.index("devices")], "results", "main", "arms", "experiments")
 
 
 def imports(module: str) -> set[str]:

@@ -12,7 +12,8 @@ from counts import parameter_count
 from generate import generate
 from model import GPT
 from modern import Modern, build_model
-from optim import Muon, build_optimizers, momentum_at, set_rates
+from muon import Muon
+from optim import build_optimizers, momentum_at, set_rates
 from tests.small_models import (
     CONTEXT,
     VOCAB,

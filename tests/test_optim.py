@@ -7,7 +7,8 @@ import torch
 
 from config import ModelConfig, OptimConfig
 from model import GPT
-from optim import build_optimizers, lr_at, orthogonalise, set_rates
+from muon import orthogonalise
+from optim import build_optimizers, lr_at, set_rates
 
 
 def test_golden_rates_of_the_flagship():
