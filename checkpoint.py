@@ -5,8 +5,8 @@
 A checkpoint is written beside its place and appears by one rename, so one that is present is
 complete; `state.json` holds the sha256 of its siblings and a digest of itself, so one that was
 damaged later is noticed.
-Tensors are stored under the raw model's parameter names and without vocabulary padding. Nothing is
-pickled.
+Tensors are stored whole, under the raw model's parameter names and without vocabulary padding,
+however many processes held them. Nothing is pickled.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from config import UserError
 from files import seal, sync_directory, unseal
 from model import GPT
+from sharding import from_rows, rows_of, whole
 
 FORMAT = 2
 STATE = "state.json"
@@ -40,18 +41,25 @@ def save(
     model: GPT,
     optimizers: list[torch.optim.Optimizer],
     state: dict[str, Any],
+    writes: bool = True,
 ) -> Path:
     """Write the checkpoint of `step` and return its directory; `state` is added to state.json.
 
-    Raises UserError when the disk is full; earlier checkpoints are untouched then.
+    All processes of a run call this, and one of them writes; the others give it their shares, where
+    the model is shared out. Raises UserError when the disk is full; earlier checkpoints are
+    untouched then.
     """
     final = checkpoint_path(run, step)
+    weights = _weights(model, writes)
+    moments = _optimizer_tensors(model, optimizers, writes)
+    if not writes:
+        return final
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         remove_leftovers(run)
         temporary.mkdir(parents=True)
-        save_file(_weights(model), temporary / WEIGHTS)
-        save_file(_optimizer_tensors(model, optimizers), temporary / OPTIMIZER)
+        save_file(weights, temporary / WEIGHTS)
+        save_file(moments, temporary / OPTIMIZER)
         digests = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
         record = {"format": FORMAT, "step": step, **state, "sha256": digests}
         (temporary / STATE).write_bytes(seal(record))
@@ -203,6 +211,9 @@ def load_model(path: Path, model: GPT) -> None:
 def load_optimizers(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
     """Read the optimizers' state; raises UserError if damaged or not that of these optimizers."""
     stored = _read_tensors(path, OPTIMIZER)
+    if not stored:
+        # In float16, all updates so far may have overflowed.
+        return
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -222,26 +233,37 @@ def load_optimizers(path: Path, model: GPT, optimizers: list[torch.optim.Optimiz
 def _restore(key: str, stored: Tensor, parameter: nn.Parameter) -> Tensor:
     if key == "step":
         return stored.to(parameter.device)
-    return _pad(stored, parameter).to(parameter.device)
+    rows = rows_of(_pad(stored, parameter), parameter)
+    # A share of its own, so that the file's memory can go.
+    rows = rows.to(parameter.device, copy=len(rows) < len(parameter))
+    return from_rows(rows, parameter)
 
 
-def _weights(model: GPT) -> dict[str, Tensor]:
-    return {
-        name: _unpad(name, parameter.detach(), model).cpu().contiguous()
-        for name, parameter in model.named_parameters()
-    }
+def _weights(model: GPT, keep: bool) -> dict[str, Tensor]:
+    """Return the weights by name on the CPU, or nothing on a process that only gives its shares."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        # One at a time: no device has room for all.
+        tensor = whole(parameter.detach())
+        if keep:
+            tensors[name] = _unpad(name, tensor, model).cpu().contiguous()
+    return tensors
 
 
-def _optimizer_tensors(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return every tensor of the optimizers' state under "parameter name/key"."""
+def _optimizer_tensors(
+    model: GPT, optimizers: list[torch.optim.Optimizer], keep: bool
+) -> dict[str, Tensor]:
+    """Return every tensor of the optimizers' state under "parameter name/key", as `_weights`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             name = names[parameter]
             for key, tensor in state.items():
-                whole = tensor if key == "step" else _unpad(name, tensor, model)
-                tensors[f"{name}/{key}"] = whole.detach().cpu().contiguous()
+                gathered = whole(tensor.detach())
+                if keep:
+                    unpadded = gathered if key == "step" else _unpad(name, gathered, model)
+                    tensors[f"{name}/{key}"] = unpadded.cpu().contiguous()
     return tensors
 
 

@@ -54,6 +54,7 @@ def _check_train(train: TrainConfig) -> None:
     )
     for name in ("tokens", "log_interval", "keep_checkpoints", "val_tokens"):
         _require(getattr(train, name) >= 1, f"train.{name} must be at least 1.")
+    _require(0 <= train.loss_scale < math.inf, "train.loss_scale must not be negative.")
     _require(0 < train.timeout < math.inf, "train.timeout must be above 0 seconds.")
     _require(
         train.eval_limit is None or train.eval_limit >= 1, "train.eval_limit must be 1 or more."

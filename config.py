@@ -126,7 +126,7 @@ class TrainConfig:
     tokens_per_update: int = 524_288
     """Tokens in one update over all processes and micro-batches: the global batch."""
     micro_batch: int | None = None
-    """Windows in a forward pass of one process; by default what divides, up to the size's limit."""
+    """Windows in a forward pass of one process; by default what divides and fits."""
     order: Literal["sequential", "shuffle_documents", "shuffle_windows"] = "sequential"
     """Order of the windows: as stored, or documents or windows permuted anew every epoch."""
     val_interval: int = 250
@@ -149,8 +149,16 @@ class TrainConfig:
     """Tokens sampled from each fixed prompt into samples.md at a checkpoint; 0 samples nothing."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles on CUDA only."""
-    dtype: Literal["float32", "tf32", "bfloat16", "auto"] = "auto"
-    """Arithmetic of matrix products; auto is bfloat16 where the processor has it, else float32."""
+    dtype: Literal["float32", "tf32", "bfloat16", "float16", "auto"] = "auto"
+    """Arithmetic of matrix products; auto is bfloat16, on older GPUs float16, on others float32."""
+    loss_scale: float = 65536.0
+    """First factor of the loss in float16, halved and doubled as gradients allow; 0 scales none."""
+    attention: Literal["auto", "flash", "fa3", "cudnn", "efficient", "math"] = "auto"
+    """Attention kernel on CUDA; auto measures those that are there and takes the fastest."""
+    gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs and compute them again backward: less memory, a third slower."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: each has the whole model (ddp), or a share of every matrix (fsdp)."""
     device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
     """Where to compute; auto takes CUDA, then MPS, then the CPU."""
     timeout: float = 600.0
@@ -184,6 +192,7 @@ MUTABLE_FIELDS = {
     *("train.val_interval", "train.checkpoint_interval", "train.log_interval"),
     *("train.eval_interval", "train.eval_tasks", "train.eval_limit"),
     *("train.keep_checkpoints", "train.sample_tokens", "train.timeout", "train.stop_at"),
+    *("train.loss_scale", "train.attention", "train.gradient_checkpointing", "train.parallel"),
 }
 
 # Fields that came later. At their defaults they change nothing, so that a run begun before them has

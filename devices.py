@@ -5,20 +5,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
-
-# Dense bfloat16 peaks in TFLOP/s from the makers' data sheets, by a part of the device's name.
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "B200": 2250,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "A10G": 70,
-    "4090": 165,
-    "3090": 71,
-}
+from hardware import find_gpu
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,10 +23,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; auto is bfloat16 where the processor computes in it."""
+    """Return the dtype of matrix products that a config names.
+
+    auto is bfloat16 where the processor computes in it; else float16 on CUDA, whose older matrix
+    units have that, and float32 elsewhere.
+    """
     if name == "auto":
-        return torch.bfloat16 if _has_bfloat16(device) else torch.float32
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+        if _has_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -58,11 +51,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's bfloat16 peak in FLOP/s, or None where it is not known."""
+    """Return the peak in FLOP/s that the device's maker states, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None
 
 
 def synchronize(device: torch.device) -> None:

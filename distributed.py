@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainConfig, UserError
 from devices import pick_device
+from roll_call import check_same, fresh_store, rank_and_size, together
 
 # A module, or a function.
 Compilable = TypeVar("Compilable", bound=Callable)
@@ -27,6 +28,11 @@ Compilable = TypeVar("Compilable", bound=Callable)
 LOST = (
     "Another process of this run died, or did not answer for {seconds:g} s, so this one ends too "
     "({reason}); the newest checkpoint is where --resume continues."
+)
+
+UNCONNECTED = (
+    "The processes of this run cannot connect to each other ({reason}); where nodes have several "
+    "networks, {name}_SOCKET_IFNAME in front of the command names the one between them."
 )
 
 
@@ -50,18 +56,13 @@ def join_world(device_name: str, timeout: float = TrainConfig.timeout) -> Iterat
     Raises UserError when another one dies, or keeps the others waiting for `timeout` seconds. (NCCL
     says so itself, and ends the process.)
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = pick_device(device_name)
-    if device.type == "cuda":
-        device = torch.device("cuda", _local_rank())
-        torch.cuda.set_device(device)
-    if size > 1:
-        wait = datetime.timedelta(seconds=timeout)
-        if device.type == "cuda":
-            dist.init_process_group("nccl", timeout=wait, device_id=device)
-        else:
-            dist.init_process_group("gloo", timeout=wait)
+    rank, size = rank_and_size()
+    # A node that lacks a device must not leave the others waiting for it.
+    device = together("device", lambda: _own_device(device_name), timeout)
+    check_same("kind of device", {"device": device.type}, timeout)
     try:
+        if size > 1:
+            _connect(rank, size, device, timeout)
         yield World(rank, size, device)
         # Whoever leaves first would cut the others' connections.
         barrier()
@@ -73,6 +74,30 @@ def join_world(device_name: str, timeout: float = TrainConfig.timeout) -> Iterat
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _own_device(name: str) -> torch.device:
+    """Return this process's device, which becomes the current one where it is a GPU."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", _local_rank())
+        torch.cuda.set_device(device)
+    return device
+
+
+def _connect(rank: int, size: int, device: torch.device, timeout: float) -> None:
+    """Make the process group; raises UserError when the processes cannot reach each other."""
+    wait = datetime.timedelta(seconds=timeout)
+    store = fresh_store(timeout)
+    store.set_timeout(wait)
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=wait, device_id=bound
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(UNCONNECTED.format(reason=reason, name=backend.upper())) from error
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

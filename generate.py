@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import UserError
-from model import GPT, KVCache
+from decoder import Decoder
+from model import GPT
+
+# Ids among which the likeliest that reach top_p are looked for first.
+NUCLEUS = 1024
 
 
 def generate(
-    model: GPT,
+    model: GPT | Decoder,
     tokens: Tensor,
     max_tokens: int,
     temperature: float = 1.0,
@@ -31,54 +35,29 @@ def generate(
 
     `tokens` is int64 (B, T), T >= 1; of more than the model's context the last part is kept. When
     the context is full, its last half is read again and generation goes on from there. A row that
-    has drawn `eot` goes on yielding it, and when every row has, the iterator ends. The model is in
-    eval mode meanwhile; autocast, where the caller has it on, holds for all but the logits.
+    has drawn `eot` goes on yielding it, and when every row has, the iterator ends. A model is made
+    into a `Decoder`, of autocast's dtype where the caller has that on.
     """
-    block_size = model.config.block_size
-    device = model.wte.weight.device
-    context = tokens[:, -block_size:].to(device)
-    cache = KVCache(model.config, len(tokens), device, _state_dtype(model))
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    block_size = decoder.config.block_size
+    context = unread = tokens[:, -block_size:].cpu()
+    cache = decoder.new_cache(len(tokens), context.size(1) + max_tokens)
     generators = [row_generator(seed, row) for row in range(len(tokens))]
     finished = torch.zeros(len(tokens), dtype=torch.bool)
-    unread = context
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_tokens):
-            logits = next_logits(model, unread, cache)
-            ids = choose(logits, generators, temperature, top_k, top_p)
-            if eot is not None:
-                ids = torch.where(finished, eot, ids)
-                finished = ids == eot
-            yield ids
-            if finished.all():
-                return
-            unread = ids[:, None].to(device)
-            context = torch.cat([context, unread], dim=1)[:, -block_size:]
-            if cache.length == block_size:
-                cache.length = 0
-                unread = context[:, -max(block_size // 2, 1) :]
-    finally:
-        model.train(was_training)
-
-
-def _state_dtype(model: GPT) -> torch.dtype:
-    """Return the dtype in which attention's keys come out: autocast's, or that of the weights."""
-    weight = model.wte.weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
-
-
-# A decorated function rather than a block inside the generator, whose `yield` would leave the
-# caller's own code in inference mode.
-@torch.inference_mode()
-def next_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """Return the logits, float32 (B, V) on the CPU, that follow ids (B, T) and those in `cache`."""
-    x = model.hidden(ids, cache)[:, -1]
-    # Logits reach magnitudes where bfloat16 is coarser than the differences that decide.
-    with torch.autocast(x.device.type, enabled=False):
-        return model.logits(x.to(model.head_weight.dtype)).float().cpu()
+    for _ in range(max_tokens):
+        logits = decoder.next_logits(unread, cache)
+        ids = choose(logits, generators, temperature, top_k, top_p)
+        if eot is not None:
+            ids = torch.where(finished, eot, ids)
+            finished = ids == eot
+        yield ids
+        if finished.all():
+            return
+        unread = ids[:, None]
+        context = torch.cat([context, unread], dim=1)[:, -block_size:]
+        if cache.length == block_size:
+            cache.length = 0
+            unread = context[:, -max(block_size // 2, 1) :]
 
 
 def row_generator(seed: int, row: int) -> torch.Generator:
@@ -122,9 +101,15 @@ def distribution(
         kept, ids = scaled.topk(min(top_k, scaled.size(-1)))
         scaled = torch.full_like(scaled, -torch.inf).scatter(-1, ids, kept)
     probs = scaled.softmax(dim=-1)
-    if top_p is not None and top_p < 1:
+    return probs if top_p is None or top_p >= 1 else _nucleus(probs, top_p, top_k)
+
+
+def _nucleus(probs: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """Return probabilities (B, V), of which `top_k` are not 0, of the fewest that reach `top_p`."""
+    # Sorting all ids takes longer than many a model; these few nearly always reach top_p.
+    kept, ids = probs.topk(min(top_k or NUCLEUS, probs.size(-1)))
+    if (kept.sum(dim=-1) < top_p).any():
         kept, ids = probs.sort(dim=-1, descending=True)
-        mass_before = F.pad(kept.cumsum(dim=-1)[:, :-1], (1, 0))
-        kept = kept.masked_fill(mass_before >= top_p, 0)
-        probs = torch.zeros_like(probs).scatter(-1, ids, kept / kept.sum(dim=-1, keepdim=True))
-    return probs
+    mass_before = F.pad(kept.cumsum(dim=-1)[:, :-1], (1, 0))
+    kept = kept.masked_fill(mass_before >= top_p, 0)
+    return torch.zeros_like(probs).scatter(-1, ids, kept / kept.sum(dim=-1, keepdim=True))

@@ -8,6 +8,7 @@ python main.py [RECIPE] [--size SIZE] [--data DIR_OR_NAME] [--name RUN] [--group
 import contextlib
 import dataclasses
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 import load_fineweb
+import plan
 import recipes
 from checks import validate
 from command_line import parse, run_script
@@ -27,6 +29,7 @@ from config import (
     UserError,
     accumulation_steps,
     changed_identity,
+    flatten,
     replace,
     total_updates,
     windows_per_update,
@@ -35,7 +38,7 @@ from counts import flops_per_token, parameter_count
 from documents import build_index
 from files import locked
 from logs import create_run, read_config, run_directory
-from manifests import DATA_DIR, find_data, read_manifest
+from manifests import DATA_DIR, find_data, manifest_digest, read_manifest
 from shards import TokenStream
 from tasks import TASKS
 from verify import verify_data
@@ -64,6 +67,14 @@ class Arguments:
     """Continue the named run if it exists, start it otherwise (implied when torchrun restarts)."""
     verify: bool = False
     """Read all shards and compare their checksums first, not only their sizes and samples."""
+    plan: bool = False
+    """Say what the run would cost in operations, memory, time and disk, and start nothing."""
+    gpus: int | None = None
+    """GPUs to plan for; 8 by default, at nano 1."""
+    mfu: float | None = None
+    """Fraction of the GPUs' peak to plan with, 0.4 by default: an assumption."""
+    price: float | None = None
+    """What a GPU costs an hour, to plan with."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -80,8 +91,12 @@ class Job:
 
 
 def main() -> None:
-    """Train as the command line says."""
-    job = resolve()
+    """Train as the command line says, or only plan to."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone and (first := parse(Arguments, None, Arguments())).plan:
+        print(planned(None, first))
+        return
+    job = resolve() if alone else resolve_together()
     # torch takes seconds to import; a typing mistake should not have to wait for it.
     from distributed import join_world
 
@@ -89,13 +104,48 @@ def main() -> None:
         launch(job, world)
 
 
-def resolve(args: list[str] | None = None) -> Job:
+def planned(args: list[str] | None, first: Arguments) -> str:
+    """Return the plan of the run a command line asks for, whether or not it or its data exists."""
+    if first.resume:
+        config = _override(
+            args, first, read_config(run_directory(first.resume, first.train.runs_dir))
+        )
+    else:
+        config = new_config(args, first)
+    return plan.describe(config, first.gpus, first.mfu, first.price)
+
+
+def resolve_together() -> Job:
+    """Return the job that all processes have; raises UserError on all when one has none or another.
+
+    A node on which nothing died is told here that others were restarted: torchrun's own count of
+    restarts is each node's own.
+    """
+    from roll_call import ask, check_same, together
+
+    first = together("command", lambda: parse(Arguments, None, Arguments()))
+    seconds = first.train.timeout
+    restarts = ask("restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), seconds)
+    job = together("job", lambda: resolve(restarted=max(restarts) > 0), seconds)
+    facts = {"the existing run": str(job.run) if job.resumes else None, **flatten(job.config)}
+    check_same("settings", facts, seconds)
+    return job
+
+
+def resolve(args: list[str] | None = None, restarted: bool = False) -> Job:
     """Return the job a command line asks for; raises UserError for whatever does not fit.
 
-    The schema is parsed twice: once to learn recipe, size and run, then again with the config they
-    imply as the defaults, so that what is typed overrides it field by field.
+    A run that exists is continued when its processes were `restarted`. The schema is parsed twice:
+    once to learn recipe, size and run, then again with the config they imply as the defaults, so
+    that what is typed overrides it field by field.
     """
     first = parse(Arguments, args, Arguments())
+    if first.plan:
+        raise UserError(
+            "A plan is for one process; run python main.py ... --plan, without torchrun."
+        )
+    if (first.gpus, first.mfu, first.price) != (None, None, None):
+        raise UserError("--gpus, --mfu and --price are for a plan; add --plan, or leave them out.")
     if first.resume:
         return _continue(args, first, run_directory(first.resume, first.train.runs_dir))
     config = new_config(args, first)
@@ -104,7 +154,8 @@ def resolve(args: list[str] | None = None) -> Job:
         # The embedded corpus may have yet to be made, or finished; `launch` sees to it.
         known = config if config.data == load_fineweb.PYDOCS else complete_config(config)
         return Job(known, run, resumes=False, verifies=first.verify)
-    if first.auto_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    restarted = restarted or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if first.auto_resume or restarted:
         return _continue(args, first, run_directory(str(run)))
     raise UserError(f"The run {run} exists; add --resume {config.name} or choose another --name.")
 
@@ -165,31 +216,45 @@ def complete_config(config: Config) -> Config:
 
 def launch(job: Job, world: "World") -> None:
     """Train the job on this process, together with the others of `world`."""
-    from distributed import barrier
+    from micro_batch import choose_micro_batch
+    from roll_call import on_main, together
     from train import train
 
-    config, run = job.config, job.run
+    config, run, seconds = job.config, job.run, job.config.train.timeout
     accumulation_steps(recipes.fit_micro_batch(config, world.size), world.size)
-    if world.is_main:
-        _prepare_data(job)
-    barrier()
+    on_main("data", lambda: _prepare_data(job), seconds)
     if not job.resumes:
-        config = complete_config(config)
-        if world.is_main:
-            create_run(run, config)
-    barrier()
+        config = together("config", lambda: complete_config(job.config), seconds)
+        _create_run(run, config)
     # How an update is divided belongs to this start, not to the run: config.json does not fix it.
-    config = recipes.fit_micro_batch(config, world.size)
-    # Only one process writes to a run, so only one needs to see that no other program does.
-    with locked(run) if world.is_main else contextlib.nullcontext():
-        found = _newest_checkpoint(run, world) if job.resumes else None
+    tries_micro_batch = config.train.micro_batch is None and world.device.type != "cpu"
+    config = choose_micro_batch(config, world)
+    with contextlib.ExitStack() as stack:
+        # Only one process writes to a run, so only one needs to see that no other program does.
+        on_main("lock", lambda: stack.enter_context(locked(run)), seconds)
+        found = _newest_checkpoint(run, world, seconds) if job.resumes else None
         if world.is_main:
             print(summary(config, run, world), flush=True)
-        step, complete = train(config, run, world, found)
+        step, complete = train(config, run, world, found, tries_micro_batch)
         if world.is_main and complete:
             conclude(config, run, step)
         elif world.is_main:
             print(f"stopped after update {step}; continue with: {resume_command(config)}")
+
+
+def _create_run(run: Path, config: Config) -> None:
+    """Make the run directory on one process, and see that all can see it and have the same data."""
+    from roll_call import check_same, on_main, see, together
+
+    seconds = config.train.timeout
+    check_same("data", {"the data": manifest_digest(find_data(config.data))}, seconds)
+    on_main("run", lambda: create_run(run, config), seconds)
+    try:
+        together("sight", lambda: see(run / "config.json", seconds), seconds)
+    except UserError:
+        # It would stand in the way of its name when the mistake is mended.
+        on_main("removal", lambda: shutil.rmtree(run), seconds)
+        raise
 
 
 def _prepare_data(job: Job) -> None:
@@ -208,14 +273,19 @@ def _prepare_data(job: Job) -> None:
         build_index(directory, "train")
 
 
-def _newest_checkpoint(run: Path, world: "World") -> Path | None:
-    """Return the newest intact checkpoint, as the main process finds it."""
+def _newest_checkpoint(run: Path, world: "World", seconds: float) -> Path | None:
+    """Return the newest intact checkpoint, as the main process finds it and all see it."""
     import checkpoint
     from distributed import from_main
+    from roll_call import on_main, see, together
 
-    found = checkpoint.newest(run) if world.is_main else None
+    found = on_main("checkpoint", lambda: checkpoint.newest(run), seconds)
     step = from_main(checkpoint.step_of(found) if found else -1, world)
-    return checkpoint.checkpoint_path(run, step) if step >= 0 else None
+    if step < 0:
+        return None
+    path = checkpoint.checkpoint_path(run, step)
+    together("sight", lambda: see(path / checkpoint.STATE, seconds), seconds)
+    return path
 
 
 def resume_command(config: Config) -> str:

@@ -1,7 +1,7 @@
 """What is due between updates: a validation, benchmarks, samples, a checkpoint."""
 
-import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,44 +17,70 @@ from evaluation import evaluate, headline
 from fineweb import validation_batch_count, validation_batches
 from in_loop_evals import sentence
 from manifests import manifest_digest
+from model import GPT
 from recipes import PROMPTS
 from sample import continuations
+from scoring import Scorer
+from sharding import put_away, whole_model
 from tokenizer import can_encode
 from tqdm_bars import EvaluationBar
 from trainer import Trainer
 
 
-def measure(trainer: Trainer, step: int) -> None:
-    """Do what is due after `step` updates: validate, score benchmarks, sample, save a checkpoint.
+class Due(NamedTuple):
+    """What is to be done after an update."""
 
-    A request to stop leaves it undone, for when the run is resumed.
-    """
+    validates: bool = False
+    scores: bool = False
+    samples: bool = False
+    saves: bool = False
+
+
+NOTHING = Due()
+
+
+def what_is_due(trainer: Trainer, step: int) -> Due:
+    """Return what is due after `step` updates, as the config and the length of an epoch say."""
     train = trainer.config.train
     epoch = len(trainer.data) // windows_per_update(trainer.config)
     saves = step > 0 and (_every(train.checkpoint_interval, step) or step % epoch == 0)
     saves = saves or step == trainer.last
-    validates = saves or step == 0 or _every(train.val_interval, step)
     # At step 0 as at all multiples, and in the end.
     scores = _every(train.eval_interval, step) or step == trainer.last
-    scores = scores and bool(trainer.benchmarks)
-    if not (validates or scores):
-        return
+    return Due(
+        validates=saves or step == 0 or _every(train.val_interval, step),
+        scores=scores and bool(trainer.benchmarks),
+        samples=(saves or step == 0) and train.sample_tokens > 0,
+        saves=saves and step > 0,
+    )
+
+
+def measure(trainer: Trainer, step: int, due: Due) -> None:
+    """Do what is due after `step` updates: validate, score benchmarks, sample, save a checkpoint.
+
+    A request to stop leaves it undone, for when the run is resumed.
+    """
     synchronize(trainer.world.device)
     with trainer.bar.paused():
-        if validates:
+        if due.validates:
             record_validation(trainer, step)
-        if scores and not trainer.stopping:
-            record_scores(trainer, step)
-        if trainer.stopping:
-            return
-        if (saves or step == 0) and trainer.world.is_main:
-            write_samples(trainer, step)
-        if saves and step > 0:
+        if (due.scores or due.samples) and not trainer.stopping:
+            record_with_whole_model(trainer, step, due)
+        if due.saves and not trainer.stopping:
             save_checkpoint(trainer, step)
 
 
 def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def record_with_whole_model(trainer: Trainer, step: int, due: Due) -> None:
+    """Do what calls a model in its own ways, and processes unequally often: scores and samples."""
+    model = whole_model(trainer.model)
+    if due.scores:
+        record_scores(trainer, step, model)
+    if due.samples and not trainer.stopping and trainer.world.is_main:
+        write_samples(trainer, step, model)
 
 
 def record_validation(trainer: Trainer, step: int) -> None:
@@ -82,14 +108,18 @@ def record_validation(trainer: Trainer, step: int) -> None:
         logs.append_metrics(trainer.run, line)
 
 
-def record_scores(trainer: Trainer, step: int) -> None:
+def record_scores(trainer: Trainer, step: int, model: GPT) -> None:
     """Score the benchmarks, write an eval line each and print it above the bar.
 
-    A request to stop ends it, and sets `stopping`, without a line for what was not finished.
+    `model` is the trainer's, or a whole copy of it. A request to stop ends it, and sets `stopping`,
+    without a line for what was not finished.
     """
+    scorer = trainer.scorer
+    if model is not trainer.model:
+        scorer = Scorer(model, trainer.world, trainer.dtype, trainer.config.train.compile)
     for benchmark in trainer.benchmarks:
         task = benchmark.task
-        result = evaluate(trainer.scorer, task, benchmark.plan, trainer.asked.is_set)
+        result = evaluate(scorer, task, benchmark.plan, trainer.asked.is_set)
         trainer.stopping = result is None
         if trainer.stopping:
             return
@@ -118,17 +148,20 @@ def validate(trainer: Trainer) -> tuple[float, float, float]:
     sums = torch.zeros(3, dtype=torch.float64)
     trainer.compiled.eval()
     batches = validation_batches(data, config, world)
-    # The first process has as many batches as any; the others go round with it, to agree.
+    # The first process has as many batches as any; the others go round with it, to agree, and with
+    # a batch of nothing where they have no more: under FSDP all call the model equally often.
+    shape = (config.train.micro_batch, config.model.block_size)
+    nothing = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
     count = validation_batch_count(data, config, World(0, world.size, world.device))
     with EvaluationBar("validating", count, "batch", disable=not world.is_main) as bar:
         for _ in range(count):
             trainer.stopping = any_over_ranks(trainer.asked.is_set(), world)
             if trainer.stopping:
                 break
-            for inputs, targets in itertools.islice(batches, 1):
-                sums += _score(trainer, inputs, targets, token_bytes)
+            sums += _score(trainer, *next(batches, nothing), token_bytes)
             bar.update()
     trainer.compiled.train()
+    put_away(trainer.model)
     # MPS has no float64, but then there is nobody to add up with.
     device = world.device if world.size > 1 else "cpu"
     return tuple(sum_over_ranks(sums.to(device)).tolist())
@@ -144,14 +177,12 @@ def _score(trainer: Trainer, inputs: Tensor, targets: Tensor, token_bytes: np.nd
     return torch.tensor([mean.item() * len(scored), len(scored), text_bytes], dtype=torch.float64)
 
 
-def write_samples(trainer: Trainer, step: int) -> None:
-    """Continue the fixed prompts, on one process, into samples.md."""
+def write_samples(trainer: Trainer, step: int, model: GPT) -> None:
+    """Continue the fixed prompts with the trainer's model, or a whole copy, into samples.md."""
     train, tokenizer = trainer.config.train, trainer.data.stream.tokenizer
-    if train.sample_tokens == 0:
-        return
     prompts = [prompt for prompt in PROMPTS if can_encode(tokenizer, prompt)]
     with autocast(trainer.world.device, trainer.dtype):
-        texts = continuations(trainer.model, tokenizer, prompts, train.sample_tokens, train.seed)
+        texts = continuations(model, tokenizer, prompts, train.sample_tokens, train.seed)
     logs.append_samples(trainer.run, step, prompts, texts)
 
 
@@ -163,19 +194,20 @@ def save_unmeasured(trainer: Trainer, step: int) -> None:
 
 
 def save_checkpoint(trainer: Trainer, step: int) -> None:
-    """Save, on one process while the others wait, and delete what need not be kept."""
-    if trainer.world.is_main:
-        tokenizer = trainer.data.stream.tokenizer
-        state = {
-            "config_digest": identity_digest(trainer.config),
-            "data_manifest_sha256": manifest_digest(trainer.data.stream.directory),
-            "seconds": trainer.seconds,
-            "tokenizer": {
-                "name": tokenizer.name,
-                "alphabet": getattr(tokenizer, "alphabet", None),
-            },
-            **trainer.losses,
-        }
-        checkpoint.save(trainer.run, step, trainer.model, trainer.optimizers, state)
+    """Save, from all processes but by one of them, and delete what need not be kept."""
+    tokenizer, writes = trainer.data.stream.tokenizer, trainer.world.is_main
+    state = {
+        "config_digest": identity_digest(trainer.config),
+        "data_manifest_sha256": manifest_digest(trainer.data.stream.directory),
+        "seconds": trainer.seconds,
+        "loss_scale": trainer.loss_scale.state() if trainer.loss_scale else None,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "alphabet": getattr(tokenizer, "alphabet", None),
+        },
+        **trainer.losses,
+    }
+    checkpoint.save(trainer.run, step, trainer.model, trainer.optimizers, state, writes)
+    if writes:
         checkpoint.prune(trainer.run, trainer.config.train.keep_checkpoints, step)
     barrier()

@@ -7,12 +7,17 @@ Shapes: B windows, T tokens in a window, C = n_embd channels, V = vocab_size ids
 Parameter names are OpenAI's own, so weights travel to and from other implementations by name.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import lean
 from config import ModelConfig
 from cross_entropy import chunked_cross_entropy, soft_capped
+from lean import SharedGradient
 
 
 class GPT(nn.Module):
@@ -21,6 +26,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        # Blocks keep their inputs alone for the backward pass, and are computed again there.
+        self.gradient_checkpointing = False
         # Rows past vocab_size make the matrix products fast; no id ever selects them.
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -63,15 +70,22 @@ class GPT(nn.Module):
         idx and targets are int64 (B, T); logits are (B, T, V); the loss is the mean over all
         targets that are not IGNORED, in nats, computed without ever holding all logits.
         """
-        x = self.hidden(idx)
         if targets is None:
-            return self.logits(x), None
-        return None, self.loss(x, targets)
+            return self.logits(self.hidden(idx)), None
+        # Where the head is the embedding, so are their gradients.
+        shared = SharedGradient() if self.config.tied and lean.applies_to(idx) else None
+        return None, self.loss(self.hidden(idx, shared=shared), targets, shared)
 
-    def hidden(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def hidden(
+        self,
+        idx: Tensor,
+        cache: "KVCache | None" = None,
+        shared: SharedGradient | None = None,
+    ) -> Tensor:
         """Return the final normalised states (B, T, C) of ids (B, T) that follow `cache`.
 
-        What follows a cache is taken for the same document, whatever `document_mask` says.
+        What follows a cache is taken for the same document, whatever `document_mask` says. A loss
+        that follows has the same `shared`, if any.
         """
         start = 0 if cache is None else cache.length
         stop = start + idx.size(1)
@@ -81,7 +95,7 @@ class GPT(nn.Module):
         mask = None
         if self.config.document_mask and cache is None:
             mask = same_document(idx, self.config.vocab_size - 1)
-        x = self._states(idx, positions, mask, cache)
+        x = self._states(idx, positions, mask, cache, shared)
         if cache is not None:
             cache.length = stop
         return x
@@ -100,16 +114,25 @@ class GPT(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         cache: "KVCache | None" = None,
+        shared: SharedGradient | None = None,
     ) -> Tensor:
-        x, rotation = self.embed(idx, positions)
+        x, rotation = self.embed(idx, positions, shared)
         x = self.drop(x)
         for block in self.h:
-            x = block(x, rotation, mask, cache)
+            x = self.run(block, x, rotation, mask, cache)
         return self.ln_f(x)
 
-    def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, "Rotation | None"]:
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        """Return what a block gives, keeping what the backward pass needs, or only `inputs`."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def embed(
+        self, idx: Tensor, positions: Tensor, shared: SharedGradient | None
+    ) -> tuple[Tensor, "Rotation | None"]:
         """Return the token embeddings, with their positions added, or how to rotate by them."""
-        x = self.wte(idx)
+        x = self.wte(idx) if shared is None else lean.embedding(idx, self.wte.weight, shared)
         if self.config.positions == "learned":
             return x + self.wpe(positions), None
         return x, rotation_of(positions, self.config.n_embd // self.config.n_head)
@@ -119,11 +142,11 @@ class GPT(nn.Module):
         logits = F.linear(x, self.head_weight)[..., : self.config.vocab_size]
         return soft_capped(logits, self.config.softcap) if self.config.softcap else logits
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, targets: Tensor, shared: SharedGradient | None = None) -> Tensor:
         """Return the mean cross-entropy in nats, float32, of states (B, T, C), targets (B, T)."""
         c = self.config
         x, targets = x.flatten(0, 1), targets.flatten()
-        return chunked_cross_entropy(x, self.head_weight, targets, c.vocab_size, c.softcap)
+        return chunked_cross_entropy(x, self.head_weight, targets, c.vocab_size, c.softcap, shared)
 
 
 class Block(nn.Module):
@@ -164,8 +187,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         if config.attention_dropout is not None:
             self.dropout = config.attention_dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = lean.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = lean.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_drop = nn.Dropout(config.dropout)
 
     def forward(
@@ -243,31 +266,37 @@ class MLP(nn.Module):
         super().__init__()
         width, hidden = config.n_embd, config.mlp_width
         self.activation = config.activation
-        self.c_fc = nn.Linear(width, hidden, bias=config.bias)
+        self.c_fc = lean.Linear(width, hidden, bias=config.bias)
         if self.activation == "swiglu":
-            self.c_gate = nn.Linear(width, hidden, bias=config.bias)
-        self.c_proj = nn.Linear(hidden, width, bias=config.bias)
+            self.c_gate = lean.Linear(width, hidden, bias=config.bias)
+        self.c_proj = lean.Linear(hidden, width, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.c_proj(self._activated(x)))
-
-    def _activated(self, x: Tensor) -> Tensor:
-        """Return the hidden units: GELU, SwiGLU (Shazeer 2020) or ReLU^2 (So et al. 2021)."""
         hidden = self.c_fc(x)
-        if self.activation == "swiglu":
-            return F.silu(self.c_gate(x)) * hidden
-        if self.activation == "relu2":
-            return F.relu(hidden).square()
-        return F.gelu(hidden, approximate="tanh")
+        if self.activation == "gelu":
+            return self.drop(self.c_proj(hidden, gelu=True))
+        # SwiGLU (Shazeer 2020) or ReLU^2 (So et al. 2021).
+        gated = self.activation == "swiglu"
+        hidden = F.silu(self.c_gate(x)) * hidden if gated else F.relu(hidden).square()
+        return self.drop(self.c_proj(hidden))
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, in memory for a whole context from the start."""
+    """Keys and values of the tokens read so far, in memory for all that can come from the start."""
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int | None = None,
+    ):
+        """Make room for `tokens` tokens in each of `batch` rows, or for a whole context."""
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, head_size)
+        room = config.block_size if tokens is None else min(tokens, config.block_size)
+        shape = (config.n_layer, 2, batch, config.n_head, room, head_size)
         self.store = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
+from lean import SharedGradient
 from model import GPT, MLP, CausalSelfAttention, KVCache, Rotation, build_norm, rotated
 
 
@@ -54,12 +55,13 @@ class Modern(GPT):
         positions: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        shared: SharedGradient | None = None,
     ) -> Tensor:
-        x, rotation = self.embed(idx, positions)
+        x, rotation = self.embed(idx, positions, shared)
         x = x0 = self.drop(self.norm(x))
         first_values = None
         for block in self.h:
-            x, first_values = block(x, x0, first_values, rotation, mask, cache)
+            x, first_values = self.run(block, x, x0, first_values, rotation, mask, cache)
         return self.norm(x)
 
 

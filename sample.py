@@ -3,7 +3,9 @@
     python sample.py RUN|CHECKPOINT|HF_NAME --prompt TEXT
 
 `generate.py` draws the tokens. All samples of a prompt advance together as the rows of one batch,
-and what one says does not depend on how many others there are.
+and what one says does not depend on how many others there are. Eight together take little longer
+than one, since it is the reading of the weights that takes the time; in bfloat16 (--dtype) these
+have half the bytes.
 
 Training documents begin with <|endoftext|>, so a prompt to one of our own models does too. OpenAI's
 models are given the prompt alone, as everyone else gives it to them. An empty prompt is
@@ -26,7 +28,8 @@ import checkpoint
 import hf
 from command_line import parse, run_script
 from config import UserError
-from devices import pick_device
+from decoder import Decoder
+from devices import pick_device, pick_dtype
 from generate import generate
 from logs import read_config, run_directory
 from model import GPT
@@ -54,6 +57,8 @@ class Options:
     """Then draw among the fewest tokens whose probabilities reach p only."""
     seed: int = 1337
     """The same seed gives the same samples."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Of weights and products; auto is bfloat16, half the bytes, where the processor has it."""
     device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
     """Where to compute; auto takes CUDA, then MPS, then the CPU."""
     runs_dir: str = "runs"
@@ -70,11 +75,14 @@ def main() -> None:
     device = pick_device(options.device)
     model, tokenizer, begins_with_eot = load(options.source, options.runs_dir)
     ids = prompt_ids(tokenizer, prompt, begins_with_eot)
-    context = model.config.block_size
+    decoder = Decoder(model.to(device), pick_dtype(options.dtype, device))
+    # Whatever it was rounded from need not stay in memory.
+    del model
+    context = decoder.config.block_size
     if len(ids) > context:
         print(f"The prompt has {len(ids)} tokens; its last {context} are kept.", file=sys.stderr)
     steps = generate(
-        model.to(device),
+        decoder,
         ids.expand(options.n, -1),
         options.max_tokens,
         options.temperature,
@@ -203,7 +211,7 @@ def collect(steps: Iterator[Tensor], tokenizer: Tokenizer) -> list[str]:
 
 
 def continuations(
-    model: GPT,
+    model: GPT | Decoder,
     tokenizer: Tokenizer,
     prompts: list[str],
     max_tokens: int,
@@ -216,11 +224,12 @@ def continuations(
 
     Each is that of row 0 in `generate`, whatever the other prompts are. `max_tokens` is at least 1.
     """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
     texts = []
     for prompt in prompts:
         tokens = prompt_ids(tokenizer, prompt, begins_with_eot)[None]
         steps = generate(
-            model, tokens, max_tokens, temperature, top_k, seed=seed, eot=tokenizer.eot
+            decoder, tokens, max_tokens, temperature, top_k, seed=seed, eot=tokenizer.eot
         )
         texts += collect(steps, tokenizer)
     return texts
@@ -234,12 +243,17 @@ def generate_text(
     top_k: int | None = 50,
     seed: int = 1337,
     runs_dir: str = "runs",
+    dtype: str = "auto",
 ) -> list[str]:
-    """Return one continuation of each prompt from the model that `source` names, as in `load`."""
+    """Return one continuation of each prompt from the model that `source` names, as in `load`.
+
+    Where and in which arithmetic is chosen as by `sample.py`, unless `dtype` says that.
+    """
     model, tokenizer, begins_with_eot = load(source, runs_dir)
-    model = model.to(pick_device("auto"))
+    device = pick_device("auto")
+    decoder = Decoder(model.to(device), pick_dtype(dtype, device))
     return continuations(
-        model, tokenizer, prompts, max_tokens, seed, temperature, top_k, begins_with_eot
+        decoder, tokenizer, prompts, max_tokens, seed, temperature, top_k, begins_with_eot
     )
 
 

@@ -9,8 +9,10 @@ As a script, the all-reduce check: torchrun --standalone --nproc_per_node=8 trai
 """
 
 import contextlib
+import gc
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 import logs
 from all_reduce import check_all_reduce
+from attention import attention_by
 from command_line import run_script
 from config import Config, UserError
 from devices import autocast
@@ -26,66 +29,125 @@ from distributed import (
     World,
     gather_over_ranks,
     join_world,
-    sum_over_ranks,
 )
 from files import write_atomically
 from fineweb import training_batches
-from measuring import measure, save_unmeasured
+from measuring import NOTHING, measure, save_unmeasured, what_is_due
 from optim import lr_at, set_rates
 from orders import update_windows
+from outcome import Outcome, outcome
+from sharding import whole
 from signals import stop_requests
 from trainer import Trainer, begin
 
 
-def train(config: Config, run: Path, world: World, resumed: Path | None = None) -> tuple[int, bool]:
+def train(
+    config: Config,
+    run: Path,
+    world: World,
+    resumed: Path | None = None,
+    tries_micro_batch: bool = False,
+) -> tuple[int, bool]:
     """Train until the last update, or train.stop_at, from scratch or from checkpoint `resumed`.
 
+    `tries_micro_batch` lets the config's micro-batch be halved where it does not fit the device.
     Returns the step reached and whether the run is complete. It is not when a signal asked to stop:
     then a checkpoint has been written, at the last step too, where measurements are still missing.
-    Raises UserError, before the weights are touched, when numbers are not finite.
+    Raises UserError, before a checkpoint holds them, when numbers are not finite.
     """
-    with stop_requests(quiet=not world.is_main) as asked:
-        trainer, start = begin(config, run, world, resumed, asked)
+    with stop_requests(quiet=not world.is_main) as asked, contextlib.ExitStack() as stack:
+        trainer, start = begin(config, run, world, resumed, asked, tries_micro_batch)
         # A checkpoint has been measured at its step, unless a signal left no time for that.
         measured = resumed is not None and trainer.losses["val_loss"] is not None
         bar, last = trainer.bar, trainer.last
+        stack.enter_context(contextlib.closing(bar))
         batches = training_batches(trainer.data, config, world, start + 1, last)
-        with contextlib.closing(batches), contextlib.closing(bar):
-            bar.start()
-            for step in range(start, last + 1):
-                if not trainer.stopping and (step > start or not measured):
-                    measure(trainer, step)
-                if trainer.stopping and step > start:
-                    save_unmeasured(trainer, step)
-                if trainer.stopping or step == last:
-                    break
-                loss, norm = update(trainer, next(batches), step + 1)
-                record_update(trainer, step + 1, loss, norm)
+        stack.enter_context(contextlib.closing(batches))
+        stack.enter_context(attention_by(trainer.attention))
+        stack.enter_context(_short_collections())
+        bar.start()
+        for step in range(start, last + 1):
+            due = what_is_due(trainer, step) if step > start or not measured else NOTHING
+            if any(due) or step == last:
+                settle(trainer)
+            if any(due) and not trainer.stopping:
+                measure(trainer, step, due)
+            if trainer.stopping and step > start:
+                settle(trainer)
+                save_unmeasured(trainer, step)
+            if trainer.stopping or step == last:
+                break
+            update(trainer, next(batches), step + 1)
+            settle(trainer, behind=trainer.updates_behind)
     return step, not trainer.stopping
 
 
-def update(trainer: Trainer, windows: Tensor, step: int) -> tuple[float, float]:
+@contextlib.contextmanager
+def _short_collections() -> Iterator[None]:
+    """Leave what is there now out of Python's garbage collections.
+
+    Modules and their code are hundreds of thousands of objects, and looking through all of them
+    takes a tenth of a second, at any time, while the other processes wait.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def update(trainer: Trainer, windows: Tensor, step: int) -> None:
     """Make update `step` from this rank's windows (G / world size, T + 1).
 
-    Returns the mean loss over all ranks in nats a token and the norm of the global gradient. Raises
-    UserError when either is not finite, with the weights as they were.
+    What came of it is left to `settle`. Raises UserError, with the weights as they were, when loss
+    or gradient is not finite, where that is known in time.
     """
-    config, world = trainer.config, trainer.world
+    config, scale = trainer.config, trainer.loss_scale
     set_rates(trainer.optimizers, step, trainer.total, config.optim)
     losses = accumulate_gradients(trainer, windows, step)
+    if scale is not None:
+        scale.unscale(trainer.model)
     clip = config.optim.grad_clip or math.inf
-    grad_norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), clip)
-    # One message and one wait for the device tell all: the loss, and whether anyone is to stop.
-    facts = torch.stack([losses.mean(), losses.new_tensor(trainer.asked.is_set()), grad_norm])
-    sum_over_ranks(facts[:2])
-    total, asked, norm = facts.tolist()
-    loss, trainer.stopping = total / world.size, asked > 0
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(_not_finite(trainer, step, losses, loss, norm))
+    norm = whole(nn.utils.clip_grad_norm_(trainer.model.parameters(), clip))
+    found = outcome(step, losses, norm, trainer.asked.is_set(), trainer.world)
+    trainer.outcomes.append(found)
+    takes_step = trainer.updates_behind > 0 or _may_step(trainer, found)
     for optimizer in trainer.optimizers:
-        optimizer.step()
+        if takes_step:
+            optimizer.step()
         optimizer.zero_grad()
-    return loss, norm
+
+
+def _may_step(trainer: Trainer, found: Outcome) -> bool:
+    """Say whether gradients are finite; raises UserError if they should be and are not.
+
+    With loss scaling they may overflow, and the loss may not.
+    """
+    loss, norm, _ = found.read()
+    finite, scale = math.isfinite(norm), trainer.loss_scale
+    if not math.isfinite(loss) or not (finite or scale):
+        raise UserError(_not_finite(trainer, found))
+    if scale is not None and finite:
+        scale.held()
+    elif scale is not None:
+        scale.overflowed()
+    return finite
+
+
+def settle(trainer: Trainer, behind: int = 0) -> None:
+    """Read what came of all updates but the last `behind`, and record it.
+
+    Raises UserError when it is not finite, before anything is made of the weights.
+    """
+    while len(trainer.outcomes) > behind:
+        found = trainer.outcomes.pop(0)
+        loss, norm, asked = found.read()
+        finite = math.isfinite(loss) and (math.isfinite(norm) or trainer.loss_scale is not None)
+        if not finite:
+            raise UserError(_not_finite(trainer, found))
+        # The processes have agreed on it; one update more changes nothing about that.
+        trainer.stopping = trainer.stopping or asked
+        record_update(trainer, found.step, loss, norm)
 
 
 def accumulate_gradients(trainer: Trainer, windows: Tensor, step: int) -> Tensor:
@@ -95,23 +157,26 @@ def accumulate_gradients(trainer: Trainer, windows: Tensor, step: int) -> Tensor
     """
     config, forward, world = trainer.config, trainer.parallel, trainer.world
     micro_batches = windows.split(config.train.micro_batch)
+    factor = trainer.loss_scale.factor if trainer.loss_scale else 1.0
     losses = []
     for i, batch in enumerate(micro_batches):
         _seed_dropout(config, step, world.rank * len(windows) + i * config.train.micro_batch)
         # Gradients are averaged over ranks only with the last micro-batch; DDP decides that in the
-        # forward pass already.
-        waits = world.size > 1 and i < len(micro_batches) - 1
+        # forward pass already. FSDP would have to keep whole gradients to wait.
+        ddp = world.size > 1 and config.train.parallel == "ddp"
+        waits = ddp and i < len(micro_batches) - 1
         with forward.no_sync() if waits else contextlib.nullcontext():
             with autocast(world.device, trainer.dtype):
                 _, mean = forward(batch[:, :-1], batch[:, 1:])
             # All micro-batches have as many tokens, so this adds up to the mean over all of them.
-            (mean / len(micro_batches)).backward()
+            (mean / len(micro_batches) * factor).backward()
         losses.append(mean.detach())
     return torch.stack(losses)
 
 
-def _not_finite(trainer: Trainer, step: int, losses: Tensor, loss: float, norm: float) -> str:
+def _not_finite(trainer: Trainer, outcome: Outcome) -> str:
     """Write non_finite.json and return the sentence that says what was found, and where."""
+    step, losses, (loss, norm, _) = outcome.step, outcome.losses, outcome.read()
     windows = update_windows(trainer.config, step, len(trainer.data))
     by_micro_batch = windows.reshape(-1, trainer.config.train.micro_batch)
     bad = ~torch.isfinite(gather_over_ranks(losses)).flatten().cpu().numpy()
@@ -124,9 +189,9 @@ def _not_finite(trainer: Trainer, step: int, losses: Tensor, loss: float, norm: 
     shown = ", ".join(map(str, suspects[:8]))
     more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
     return (
-        f"Update {step} has a loss of {loss:g} and a gradient norm of {norm:g}, and has not "
-        f"touched the weights; it comes from windows {shown}{more} ({path} lists them). The "
-        "checkpoints are good: --resume continues, perhaps with --train.dtype float32, or start "
+        f"Update {step} has a loss of {loss:g} and a gradient norm of {norm:g}; it comes "
+        f"from windows {shown}{more} ({path} lists them), and no checkpoint has seen it. "
+        "Those before are good: --resume continues, perhaps with --train.dtype float32, or start "
         "again with a lower --optim.lr."
     )
 
@@ -153,11 +218,14 @@ def record_update(trainer: Trainer, step: int, loss: float, norm: float) -> None
             "tokens": step * config.train.tokens_per_update,
             "loss": loss,
             "lr": lr_at(step, trainer.total, config.optim),
-            "grad_norm": norm,
+            # Not finite where loss scaling left the update out.
+            "grad_norm": norm if math.isfinite(norm) else None,
             "tokens_per_second": bar.tokens_per_second,
             "mfu": bar.mfu,
             "seconds": trainer.seconds,
         }
+        if trainer.loss_scale is not None:
+            line["loss_scale"] = trainer.loss_scale.factor
         logs.append_metrics(trainer.run, line)
 
 

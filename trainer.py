@@ -10,17 +10,22 @@ from torch import nn
 
 import checkpoint
 import logs
+from attention import choose_attention
 from config import Config, UserError, accumulation_steps, identity_digest, last_update
 from counts import flops_per_token
 from devices import peak_flops, pick_dtype
 from distributed import World, compile_module, distribute
 from fineweb import FineWebEdu
 from in_loop_evals import Benchmark, open_benchmarks
+from loss_scale import LossScale, loss_scale
 from manifests import find_data, manifest_digest
+from micro_batch import largest_that_fits
 from model import GPT
 from modern import build_model
 from optim import build_optimizers
+from outcome import Outcome, updates_behind
 from scoring import Scorer
+from sharding import is_shared, shard
 from tqdm_bars import TrainingBar
 
 # What state.json says of the model; its scores are by benchmark, each with the step they are of.
@@ -32,7 +37,7 @@ class Trainer:
     """What one process holds while it trains.
 
     `compiled` is `model` behind torch.compile, where that is on; `parallel` is that behind DDP,
-    where there are other processes. All three share their parameters.
+    where there are other processes. All three share their parameters, and under FSDP are one.
     """
 
     config: Config
@@ -52,6 +57,13 @@ class Trainer:
     # What is scored on the way, and by what; nothing, where train.eval_interval is 0.
     benchmarks: list[Benchmark]
     scorer: Scorer | None
+    loss_scale: LossScale | None
+    # How many updates late their outcomes are read.
+    updates_behind: int
+    # The kernel that computes attention.
+    attention: str
+    # What came of updates and has not been read yet, oldest first.
+    outcomes: list[Outcome] = field(default_factory=list)
     # Training seconds before this process started, and the last losses and scores, for state.json.
     earlier_seconds: float = 0.0
     losses: dict[str, Any] = field(default_factory=dict)
@@ -66,10 +78,16 @@ class Trainer:
 
 
 def begin(
-    config: Config, run: Path, world: World, resumed: Path | None, asked: threading.Event
+    config: Config,
+    run: Path,
+    world: World,
+    resumed: Path | None,
+    asked: threading.Event,
+    tries_micro_batch: bool = False,
 ) -> tuple[Trainer, int]:
     """Build the model, optimizers and data of a run, and load them from `resumed` if given.
 
+    With `tries_micro_batch`, the micro-batch is halved for as long as it does not fit the device.
     Returns the trainer and the step it stands at. Raises UserError when the checkpoint is damaged,
     or the config or the data are not those it was made with.
     """
@@ -79,21 +97,28 @@ def begin(
     train_data, val_data = (FineWebEdu(directory, s, block_size) for s in ("train", "val"))
     # Weights are drawn on the CPU, so that a seed means the same on every device.
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model).to(world.device)
-    optimizers = build_optimizers(model, config.optim, dtype)
+    model = build_model(config.model)
+    model.gradient_checkpointing = config.train.gradient_checkpointing
     state = {"step": 0, "seconds": 0.0}
     if resumed is not None:
         state = checkpoint.read_state(resumed)
         _check_same_run(resumed, state, config, directory)
         checkpoint.load_model(resumed, model)
+    compiled = _place(model, config, world)
+    # Sharing out replaces the parameters, so whatever refers to them comes after it.
+    optimizers = build_optimizers(model, config.optim, dtype)
+    if resumed is not None:
         checkpoint.load_optimizers(resumed, model, optimizers)
-    compiled = compile_module(model, config.train.compile, world)
+    shared = is_shared(model.head_weight)
+    if tries_micro_batch and not shared:
+        config = largest_that_fits(config, compiled, resumed is None, world)
+    attention = choose_attention(config, world, dtype)
     start, total = state["step"], config.train.updates
     last = last_update(config, start)
     losses = {name: state.get(name) for name in MEASURED}
     if world.is_main:
         _tidy(config, run, start, losses["val_loss"] is not None)
-        logs.write_environment(run, start, _facts(config, world, dtype, directory))
+        logs.write_environment(run, start, _facts(config, world, dtype, directory, attention))
     benchmarks, scorer = [], None
     if config.train.eval_interval:
         scorer = Scorer(model, world, dtype, config.train.compile)
@@ -106,7 +131,7 @@ def begin(
         val_data,
         model,
         compiled,
-        distribute(compiled, world),
+        model if shared else distribute(compiled, world),
         optimizers,
         dtype,
         total,
@@ -115,11 +140,23 @@ def begin(
         _bar(start, last, config, world),
         benchmarks,
         scorer,
+        loss_scale(dtype, config.train.loss_scale, state.get("loss_scale")),
+        updates_behind(world.device, dtype),
+        attention,
         earlier_seconds=state["seconds"],
         losses=losses,
         asked=asked,
     )
     return trainer, start
+
+
+def _place(model: GPT, config: Config, world: World) -> nn.Module:
+    """Move a model from the CPU to its devices, whole or in shares, and return it compiled."""
+    train = config.train
+    if train.parallel == "fsdp" and world.size > 1:
+        shard(model, train.compile, world)
+        return model
+    return compile_module(model.to(world.device), train.compile, world)
 
 
 def _bar(start: int, last: int, config: Config, world: World) -> TrainingBar:
@@ -152,12 +189,16 @@ def _peak_speed(config: Config, world: World) -> float | None:
     return peak * world.size / flops_per_token(config.model) if peak else None
 
 
-def _facts(config: Config, world: World, dtype: torch.dtype, directory: Path) -> dict[str, Any]:
+def _facts(
+    config: Config, world: World, dtype: torch.dtype, directory: Path, attention: str
+) -> dict[str, Any]:
     on_gpu = world.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else world.device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "attention": attention,
+        "parallel": config.train.parallel if world.size > 1 else None,
         "world_size": world.size,
         "micro_batch": config.train.micro_batch,
         "accumulation": accumulation_steps(config, world.size),

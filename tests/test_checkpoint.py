@@ -60,6 +60,12 @@ def test_weights_are_stored_unpadded_under_raw_names(tmp_path):
     assert load_file(path / "optimizer.safetensors")["wte.weight/exp_avg"].shape == (50, 16)
 
 
+def test_a_process_that_does_not_write_leaves_no_trace(tmp_path):
+    model, optimizers = trained()
+    path = checkpoint.save(tmp_path, 2, model, optimizers, {}, writes=False)
+    assert path == checkpoint.checkpoint_path(tmp_path, 2) and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_named_and_the_newest_intact_one_taken(tmp_path, capsys, name, damage):

@@ -11,33 +11,17 @@ from tests.conftest import ROOT
 
 # From the bottom to the top; a module imports only modules that stand before it.
 ORDER = (
-    *(
-        "config",
-        "checks",
-        "config_file",
-        "counts",
-        "command_line",
-        "recipes",
-        "files",
-        "tokenizer",
-        "left_out",
-    ),
+    *("config", "checks", "config_file", "counts", "command_line", "recipes", "files"),
+    *("tokenizer", "left_out"),
     *("manifests", "writer", "shards", "tqdm_bars", "orders", "documents", "verify"),
     *("download", "chunks", "pydocs", "sources", "workers", "preparation", "load_fineweb"),
     *("likelihood", "benchmark", "hellaswag", "lambada", "cbt", "wikitext", "tasks", "packing"),
     *("logs", "metrics", "figures", "comparison", "comparison_figures", "published", "signals"),
-    *("devices", "distributed", "all_reduce", "cross_entropy", "model", "modern", "muon", "optim"),
-    *("fineweb", "checkpoint", "hf"),
-    *(
-        "generate",
-        "sample",
-        "scoring",
-        "evaluation",
-        "in_loop_evals",
-        "trainer",
-        "measuring",
-        "train",
-    ),
+    *("hardware", "memory", "plan"),
+    *("devices", "roll_call", "distributed", "all_reduce", "attention", "lean", "cross_entropy"),
+    *("model", "modern", "sharding", "muon", "optim", "loss_scale", "micro_batch", "outcome"),
+    *("fineweb", "checkpoint", "hf", "decoder", "generate", "sample", "scoring", "evaluation"),
+    *("in_loop_evals", "trainer", "measuring", "train"),
     *("lm_eval_adapter", "evaluate", "results", "main", "arms", "experiments"),
 )
 WITHOUT_TORCH = (*ORDER[: ORDER.index("devices")], "results", "main", "arms", "experiments")

@@ -1,13 +1,15 @@
 """The learning rate of each update, parameter groups, and Muon against a plain one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import muon
 from config import ModelConfig, OptimConfig
 from model import GPT
-from muon import orthogonalise
+from muon import orthogonalise, orthogonalise_together
 from optim import build_optimizers, lr_at, set_rates
 
 
@@ -125,3 +127,29 @@ def test_batched_muon_equals_one_matrix_at_a_time():
         muon.step()
     for name, parameter in matrices.items():
         assert torch.allclose(parameter, expected[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "size"), [(6, 2), (5, 2), (3, 4), (1, 3), (5, 4)])
+def test_matrices_shared_out_over_processes_come_back_the_same(monkeypatch, count, size, dtype):
+    """Also where a process has fewer than others, or none; all messages are of one size."""
+    torch.manual_seed(0)
+    matrices, sent, own_rank = torch.randn(count, 24, 16), {}, 0
+    monkeypatch.setattr(
+        muon,
+        "dist",
+        SimpleNamespace(
+            is_initialized=lambda: True, get_world_size=lambda: size, get_rank=lambda: own_rank
+        ),
+    )
+
+    def gather(own):
+        sent[own_rank] = own
+        return torch.stack([sent.get(r, torch.full_like(own, torch.nan)) for r in range(size)])
+
+    monkeypatch.setattr(muon, "gather_over_ranks", gather)
+    for own_rank in range(size):  # noqa: B007 - the lambda above reads it
+        together = orthogonalise_together(matrices, dtype)
+    # The last one has been sent what all the others have made.
+    assert torch.equal(together, orthogonalise(matrices, dtype))
+    assert all(own.dtype == dtype for own in sent.values())

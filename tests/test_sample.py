@@ -1,254 +1,30 @@
-"""Sampling: the cache is exact, draws are reproducible and stay inside what was asked for."""
+"""Text from the command line: what is loaded, read, refused and printed."""
 
-import dataclasses
 import io
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import sample
 from command_line import run_script
-from config import Config, ModelConfig, TrainConfig, UserError
+from config import Config, TrainConfig, UserError
 from config_file import to_json
-from generate import choose, distribution, generate, next_logits, row_generator
-from model import GPT, KVCache
+from decoder import Decoder
+from devices import pick_dtype
+from model import GPT
 from sample import Options, continuations
+from tests.talking_model import CONFIG, tiny_model
 from tokenizer import CharTokenizer, gpt2_tokenizer
 
-CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=50)
 ALPHABET = "".join(chr(ord("!") + i) for i in range(48)) + "ß"
-
-
-def tiny_model(**changes) -> GPT:
-    """Return a small GPT whose weights are large enough for its text to vary."""
-    torch.manual_seed(1)
-    model = GPT(dataclasses.replace(CONFIG, **changes))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    # Padding that would win every draw if it took part in one: whatever the state, one of the two
-    # signs gives a logit far above all real ones.
-    padding = model.wte.weight.data[model.config.vocab_size :]
-    padding[0::2] = 100 * model.wte.weight.data[7]
-    padding[1::2] = -100 * model.wte.weight.data[7]
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
     return tiny_model()
-
-
-def prompt(rows: int, length: int = 5) -> torch.Tensor:
-    """Return `rows` times the same random ids, int64 (rows, length)."""
-    ids = torch.randint(50, (1, length), generator=torch.Generator().manual_seed(3))
-    return ids.expand(rows, -1)
-
-
-def rows(steps) -> list[list[int]]:
-    """Return the ids of every row."""
-    return torch.stack(list(steps), dim=1).tolist()
-
-
-def without_cache(model: GPT, tokens: torch.Tensor, max_tokens: int) -> list[list[int]]:
-    """Greedy generation that reads the whole context for every token; the plain reference."""
-    block_size = model.config.block_size
-    context, drawn = tokens[:, -block_size:], []
-    for _ in range(max_tokens):
-        if context.size(1) > block_size:
-            context = context[:, -(block_size // 2) :]
-        with torch.no_grad():
-            drawn.append(model(context)[0][:, -1].argmax(dim=-1))
-        context = torch.cat([context, drawn[-1][:, None]], dim=1)
-    return rows(drawn)
-
-
-def test_cached_logits_equal_those_of_a_full_forward(model):
-    tokens = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(tokens)[0]
-    cache = KVCache(model.config, 3, torch.device("cpu"), torch.float32)
-    for length in range(4, 17):
-        unread = tokens[:, cache.length : length]
-        logits = next_logits(model, unread, cache)
-        assert cache.length == length
-        torch.testing.assert_close(logits, expected[:, length - 1], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("length", [1, 5, 15, 16, 40])
-def test_greedy_equals_a_loop_without_cache_and_goes_on_past_the_context(model, length):
-    tokens = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(1))
-    expected = without_cache(model, tokens, 45)
-    assert rows(generate(model, tokens, 45, temperature=0)) == expected
-    assert len(set(expected[0])) > 3
-
-
-def test_a_context_of_one_token_works():
-    texts = rows(generate(tiny_model(block_size=1), prompt(1), 5, temperature=0))
-    assert len(texts[0]) == 5
-
-
-def test_a_row_ends_with_eot_and_all_rows_end_the_iteration(model):
-    free = rows(generate(model, prompt(4), 40, seed=5))
-    eot = next(token for token in range(50) if all(token in row for row in free))
-    ends = [row.index(eot) for row in free]
-    assert len(set(ends)) > 1
-    stopped = rows(generate(model, prompt(4), 40, seed=5, eot=eot))
-    assert len(stopped[0]) == max(ends) + 1
-    for row, unstopped, end in zip(stopped, free, ends, strict=True):
-        assert row[: end + 1] == unstopped[: end + 1]
-        assert set(row[end:]) == {eot}
-
-
-def test_no_row_depends_on_how_many_there_are(model):
-    four = rows(generate(model, prompt(4), 30, seed=2))
-    assert len({tuple(row) for row in four}) == 4
-    for n in (1, 2, 3):
-        assert rows(generate(model, prompt(n), 30, seed=2)) == four[:n]
-
-
-def test_seeds_reproduce_whatever_the_global_generator_did(model):
-    first = rows(generate(model, prompt(2), 30, seed=2))
-    torch.manual_seed(99)
-    state = torch.get_rng_state()
-    assert rows(generate(model, prompt(2), 30, seed=2)) == first
-    assert torch.equal(torch.get_rng_state(), state)
-    assert rows(generate(model, prompt(2), 30, seed=3)) != first
-
-
-def test_neighbouring_seeds_share_no_row(model):
-    # Seed 2's second row must not be seed 3's first.
-    texts = [tuple(r) for seed in range(4) for r in rows(generate(model, prompt(3), 12, seed=seed))]
-    assert len(set(texts)) == len(texts)
-
-
-def test_draws_follow_the_probabilities():
-    logits = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().clamp(min=-1e30)
-    many = 4000
-    generators = [row_generator(0, row) for row in range(many)]
-    ids = choose(logits.expand(many, -1), generators, 1.0, None, None)
-    counts = torch.bincount(ids, minlength=4) / many
-    assert counts[2] == 0
-    torch.testing.assert_close(counts, logits.exp(), atol=0.03, rtol=0)
-
-
-def test_the_smallest_and_the_largest_draw_stay_inside_the_support(monkeypatch):
-    logits = torch.tensor([[0.0, 1.0, 2.0, 1.5, 0.0]])
-    for value, expected in ((0.0, 1), (1 - 2**-53, 3)):
-        uniform = torch.tensor([value], dtype=torch.float64)
-        monkeypatch.setattr(torch, "rand", lambda *_, uniform=uniform, **__: uniform)
-        # The three likeliest are 1, 2 and 3.
-        assert choose(logits, [None], 1.0, 3, None).tolist() == [expected]
-
-
-def test_distribution_without_cuts_is_the_softmax():
-    logits = torch.randn(3, 50)
-    expected = (logits.double() / 0.7).softmax(dim=-1)
-    torch.testing.assert_close(distribution(logits, 0.7), expected)
-    torch.testing.assert_close(distribution(logits, 0.7, 1000, 1.0), expected)
-
-
-@pytest.mark.parametrize("k", [1, 3, 50])
-def test_top_k_keeps_the_k_likeliest(k):
-    logits = torch.randn(4, 50)
-    probs = distribution(logits, 1.0, top_k=k)
-    assert ((probs > 0).sum(dim=-1) == k).all()
-    kept = probs.gather(-1, logits.topk(k).indices)
-    torch.testing.assert_close(kept, logits.topk(k).values.double().softmax(dim=-1))
-
-
-@pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [
-        (1e-9, [0, 0.5, 0, 0]),
-        (0.49, [0, 0.5, 0, 0]),
-        (0.51, [0, 0.5, 0.3, 0]),
-        (0.79, [0, 0.5, 0.3, 0]),
-        (0.81, [0.15, 0.5, 0.3, 0]),
-        (0.96, [0.15, 0.5, 0.3, 0.05]),
-        (1.0, [0.15, 0.5, 0.3, 0.05]),
-    ],
-)
-def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, expected):
-    logits = torch.tensor([[0.15, 0.5, 0.3, 0.05]]).log()
-    expected = torch.tensor([expected], dtype=torch.float64)
-    actual = distribution(logits, 1.0, top_p=top_p)
-    torch.testing.assert_close(actual, expected / expected.sum(), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3)])
-def test_top_p_stops_where_p_is_exactly_reached(top_p, count):
-    probs = distribution(torch.zeros(1, 4), 1.0, top_p=top_p)
-    assert (probs > 0).sum() == count
-
-
-def test_top_p_counts_the_mass_that_top_k_left():
-    probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    actual = distribution(probs.log(), 1.0, top_k=2, top_p=0.55)
-    torch.testing.assert_close(actual, torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64))
-
-
-def test_a_tiny_temperature_is_greedy_and_a_huge_one_uniform():
-    logits = torch.randn(3, 50)
-    assert torch.equal(distribution(logits, 1e-300).argmax(-1), logits.argmax(-1))
-    assert (distribution(logits, 1e-300).amax(-1) == 1).all()
-    torch.testing.assert_close(
-        distribution(logits, 1e300), torch.full((3, 50), 0.02, dtype=torch.float64)
-    )
-
-
-@pytest.mark.parametrize("temperature", [0, 1.0, 100.0])
-def test_padding_is_never_sampled(model, temperature):
-    drawn = np.array(rows(generate(model, prompt(8), 60, temperature=temperature)))
-    assert drawn.max() < 50
-    with torch.no_grad():
-        assert (model.hidden(prompt(1)) @ model.wte.weight.T).argmax(dim=-1).min() >= 50
-
-
-def test_logits_that_are_not_finite_are_one_sentence():
-    broken = tiny_model()
-    broken.ln_f.weight.data[0] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
-        next(generate(broken, prompt(1), 1))
-
-
-def test_the_model_is_in_eval_mode_meanwhile_and_as_before_afterwards():
-    model = tiny_model(dropout=0.5).train()
-    expected = rows(generate(tiny_model(), prompt(1), 8))
-    steps = generate(model, prompt(1), 8)
-    first = next(steps)
-    assert not model.training
-    # The caller's own code runs outside inference mode, and the ids are ordinary tensors.
-    assert not torch.is_inference_mode_enabled()
-    assert not first.is_inference()
-    assert [[first.item(), *rows(steps)[0]]] == expected
-    assert model.training
-    assert model.h[0].attn.training
-    abandoned = generate(model, prompt(1), 8)
-    next(abandoned)
-    abandoned.close()
-    assert model.training
-
-
-def test_autocast_keeps_keys_in_its_dtype(model, monkeypatch):
-    dtypes = []
-    append = KVCache.append
-
-    def spy(cache, layer, k, v):
-        dtypes.append((cache.store.dtype, k.dtype))
-        return append(cache, layer, k, v)
-
-    monkeypatch.setattr(KVCache, "append", spy)
-    with torch.autocast("cpu", torch.bfloat16):
-        drawn = rows(generate(model, prompt(2), 20))
-    assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
-    assert len(drawn[0]) == 20
-    dtypes.clear()
-    rows(generate(model, prompt(2), 3))
-    assert set(dtypes) == {(torch.float32, torch.float32)}
 
 
 def test_a_continuation_does_not_depend_on_the_other_prompts(model):
@@ -340,9 +116,22 @@ def test_what_is_no_model_is_one_sentence(run, tmp_path):
 
 def test_command_streams_one_sample(run, model, monkeypatch, capsys):
     command_line(monkeypatch, str(run), "--prompt", "ABC", "--max-tokens", "12", "--seed", "8")
-    expected = continuations(model, CharTokenizer(ALPHABET), ["ABC"], 12, 8)[0]
+    decoder = Decoder(model, pick_dtype("auto", torch.device("cpu")))
+    expected = continuations(decoder, CharTokenizer(ALPHABET), ["ABC"], 12, 8)[0]
     assert capsys.readouterr().out == f"ABC{expected}\n"
     assert len(expected) > 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_command_computes_in_the_dtype_it_is_given(run, model, monkeypatch, capsys, dtype):
+    made, init = [], Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda *args: made.append(args[2]) or init(*args))
+    command_line(monkeypatch, str(run), "--prompt", "A", "--max-tokens", "6", "--dtype", dtype)
+    expected = continuations(
+        Decoder(model, getattr(torch, dtype)), CharTokenizer(ALPHABET), ["A"], 6, 1337
+    )
+    assert capsys.readouterr().out == f"A{expected[0]}\n"
+    assert made[0] == getattr(torch, dtype)
 
 
 def test_command_prints_several_samples_the_first_being_the_only_one(run, monkeypatch, capsys):

@@ -247,7 +247,7 @@ def test_numbers_gone_bad_stop_the_run_before_the_weights_change(data, tmp_path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", planted)
-        with pytest.raises(UserError, match=r"Update 6 has a loss of .* not touched the weights"):
+        with pytest.raises(UserError, match=r"Update 6 has a loss of .* no checkpoint has seen it"):
             train(config, run, ALONE)
     assert all(map(torch.equal, planted.weights, calls[0].parameters()))
     found = json.loads((run / "non_finite.json").read_text())

@@ -5,6 +5,7 @@
     training      runs killed at random moments and resumed, against undisturbed ones
     preparation   load_fineweb.py killed at random moments and repeated
     worlds        runs that go on with another number of processes
+    restarts      processes killed under torchrun --max-restarts, on one node and on two
     damage        checkpoints, records and shards with flipped bytes, torn, exchanged, planted
     disk          disks that fill up: during checkpoints, metrics, shards, downloads
 
@@ -16,6 +17,7 @@ import importlib
 import shutil
 import tempfile
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +25,7 @@ from typing import Literal
 from command_line import parse, run_script
 from tests.torture.common import Difference, Outcome
 
-Part = Literal["training", "preparation", "worlds", "damage", "disk"]
+Part = Literal["training", "preparation", "worlds", "restarts", "damage", "disk"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Options:
     seed: int = 0
     """Draws the moments and the places; the moments also depend on the machine's speed."""
     kills: int = 30
-    """How many kills the training and the preparation suffer, each."""
-    parts: tuple[Part, ...] = ("training", "preparation", "worlds", "damage", "disk")
+    """How many kills the training and the preparation suffer, each; restarts, a third of them."""
+    parts: tuple[Part, ...] = typing.get_args(Part)
     """What to try."""
     directory: Path | None = None
     """Where the trials' folders go; a temporary directory by default."""
