@@ -85,9 +85,6 @@ def _sentence(box: str) -> str:
 
 def run_script(main: Callable[[], None]) -> None:
     """Call a script's main; a UserError becomes one sentence on stderr and exit status 1."""
-    # PyTorch reads this when it first needs memory on the CPU, and then asks Linux for pages of
-    # 2 MB: a training step that gets its memory in pages of 4 KB can spend half its time on that.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         main()
     except UserError as error:

@@ -9,9 +9,6 @@ cross-entropy and the AdamW of one tensor at a time. All start from the same see
 windows and clip gradients at norm 1. Every measurement has a process of its own, and they take
 turns; the first updates are not timed. Memory is that beyond the process with its imports (on CUDA,
 of tensors).
-
-Our programs ask Linux for pages of 2 MB (`command_line.run_script`) and the references, as a person
-would start them, do not; what they would gain by it is reported beside.
 """
 
 import contextlib
@@ -20,7 +17,6 @@ import importlib.util
 import io
 import itertools
 import math
-import os
 import tempfile
 import threading
 import time
@@ -47,7 +43,7 @@ from fineweb import FineWebEdu, training_batches
 from manifests import Manifest
 from modern import build_model
 from tokenizer import GPT2Tokenizer, gpt2_tokenizer
-from train import record_update, update
+from train import settle, update
 from trainer import begin
 from writer import ShardWriter
 
@@ -55,7 +51,6 @@ from writer import ShardWriter
 BATCHES = {"124m": 4, "nano": 8}
 REFERENCES = {"124m": ("transformers",), "nano": ("plain",)}
 LABELS = {"transformers": "transformers", "plain": "the same model in a plain loop"}
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 FIGURES = (
     ("tokens_per_second", "speed", "tokens/s"),
     ("seconds", "an update", "s"),
@@ -103,7 +98,6 @@ class Case:
     dtype: str = "bfloat16"
     compile: str = "off"
     device: str = "auto"
-    huge_pages: bool = False
     warm_up: int = 2
     updates: int = 5
 
@@ -136,7 +130,7 @@ def main() -> None:
             write_tokens(data, batch * options.context * updates, model.vocab_size)
             ours = Case(
                 *("ours", model, str(data), batch, options.dtype[0], mode, options.device),
-                *(True, options.warm_up, options.updates),
+                *(options.warm_up, options.updates),
             )
             compare(size, ours, options.references or REFERENCES[size], options)
 
@@ -147,7 +141,7 @@ def compare(size: str, ours: Case, references: tuple[str, ...], options: Options
     found: dict[Case, list[Figures]] = {case: [] for pair in pairs for case in pair}
     for _ in range(options.repeats):
         for case, figures in found.items():
-            figures.append(measure_afresh(case))
+            figures.append(in_fresh_process(measure, case))
     for mine, other in pairs:
         for field, figure, unit in FIGURES:
             values, others = ([getattr(f, field) for f in found[c]] for c in (mine, other))
@@ -159,18 +153,13 @@ def compare(size: str, ours: Case, references: tuple[str, ...], options: Options
 def pairs_of(
     ours: Case, references: tuple[str, ...], dtypes: tuple[str, ...]
 ) -> list[tuple[Case, Case]]:
-    """Return what is compared: ours with each reference of the same dtype, and with float32.
-
-    On a CPU, also with references that have been given huge pages.
-    """
+    """Return what is compared: ours with each reference of the same dtype, and with float32."""
     pairs = []
     for loop in references:
-        theirs = dataclasses.replace(ours, loop=loop, huge_pages=False)
+        theirs = dataclasses.replace(ours, loop=loop)
         for dtype in dtypes:
             mine, other = (dataclasses.replace(case, dtype=dtype) for case in (ours, theirs))
             pairs.append((mine, other))
-            if pick_device(ours.device).type == "cpu":
-                pairs.append((mine, dataclasses.replace(other, huge_pages=True)))
         if "float32" in dtypes and ours.dtype != "float32":
             pairs.append((ours, dataclasses.replace(theirs, dtype="float32")))
     return pairs
@@ -181,28 +170,15 @@ def title(case: Case) -> str:
     arithmetic = f"{case.dtype}{' compiled' if case.compile == 'on' else ''}"
     if case.loop == "ours":
         return f"{arithmetic}, B={case.batch}, T={case.model.block_size}"
-    pages = ", with huge pages" if case.huge_pages else ""
-    return f"{LABELS[case.loop]}, {arithmetic}{pages}"
-
-
-def measure_afresh(case: Case) -> Figures:
-    """Return the figures of one case, from a process of its own."""
-    # Set before the process begins, since PyTorch reads it once.
-    before = os.environ.get(HUGE_PAGES)
-    os.environ[HUGE_PAGES] = str(int(case.huge_pages))
-    try:
-        return in_fresh_process(measure, case)
-    finally:
-        os.environ.pop(HUGE_PAGES)
-        if before is not None:
-            os.environ[HUGE_PAGES] = before
+    return f"{LABELS[case.loop]}, {arithmetic}"
 
 
 def measure(case: Case) -> Figures:
     """Return the figures of one case; raises ArithmeticError when its loss is not finite."""
     device = pick_device(case.device)
+    # What is imported late is no part of the step's memory: torch.optim does so for its compiler.
+    importlib.import_module("torch._dynamo")
     if case.loop == "transformers":
-        # Its imports are no part of the step's memory.
         importlib.import_module("transformers.models.gpt2.modeling_gpt2")
     before = begin_memory(device)
     with contextlib.closing(LOOPS[case.loop](case, device)) as losses:
@@ -244,9 +220,10 @@ def ours(case: Case, device: torch.device) -> Iterator[Tensor | float]:
         with contextlib.closing(batches), contextlib.closing(trainer.bar):
             trainer.bar.start()
             for step, windows in enumerate(batches, start=1):
-                loss, norm = update(trainer, windows, step)
-                record_update(trainer, step, loss, norm)
-                yield loss
+                update(trainer, windows, step)
+                settle(trainer, trainer.updates_behind)
+                yield trainer.losses["train_loss"] or 0.0
+            settle(trainer)
 
 
 def transformers_loop(case: Case, device: torch.device) -> Iterator[Tensor]:
