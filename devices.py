@@ -1,5 +1,6 @@
 """Devices: where we compute, in which arithmetic, and how fast the maker says that is."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -43,6 +44,25 @@ def _has_bfloat16(device: torch.device) -> bool:
     # AVX512-BF16, AMX and Arm's bf16 each show up here; other systems than Linux say nothing.
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "bf16" in cpuinfo.read_text(errors="replace")
+
+
+def share_cores() -> None:
+    """Give each of several processes on a CPU its share of the cores.
+
+    torchrun gives them one thread each, however many cores there are, unless OMP_NUM_THREADS is
+    set; when that is more than 1, a person has chosen.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(_cores() // processes, 1))
+
+
+def _cores() -> int:
+    """Return the cores that this process may use; two threads of one core count once."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    simultaneous = Path("/sys/devices/system/cpu/smt/active")
+    doubled = simultaneous.exists() and simultaneous.read_text().strip() == "1"
+    return max(count // 2, 1) if doubled else count
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainConfig, UserError
-from devices import pick_device
+from devices import pick_device, share_cores
 from roll_call import check_same, fresh_store, rank_and_size, together
 
 # A module, or a function.
@@ -82,6 +82,8 @@ def _own_device(name: str) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", _local_rank())
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        share_cores()
     return device
 
 

@@ -85,3 +85,24 @@ with join_world("cpu") as world:
     result = script(program, cwd=tmp_path, processes=2, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("counted") == 2
+
+
+@pytest.mark.parametrize(
+    "environment, cores, threads",
+    [
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}, 16, 4),
+        ({"LOCAL_WORLD_SIZE": "4"}, 2, 1),
+        ({"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "2"}, 16, None),
+        ({"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}, 16, None),
+    ],
+)
+def test_processes_share_the_cores_of_a_cpu(monkeypatch, environment, cores, threads):
+    for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    got = []
+    monkeypatch.setattr(devices, "_cores", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", got.append)
+    devices.share_cores()
+    assert got == ([] if threads is None else [threads])

@@ -26,7 +26,7 @@ from tests.tiny import ROOT, fields, make_data, script, tiny_config, wait_for
 from train import train
 
 ALONE = World(0, 1, torch.device("cpu"))
-UPDATES = 20
+UPDATES = 60
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
 
@@ -46,7 +46,8 @@ def alone(data, tmp_path_factory) -> Path:
 
 
 def small(data: Path, runs: Path, **changes):
-    return tiny_config(data, runs, **{"updates": UPDATES, "sample_tokens": 0} | changes)
+    settings = {"updates": UPDATES, "val_interval": 8, "sample_tokens": 0, "keep_checkpoints": 2}
+    return tiny_config(data, runs, **settings | changes)
 
 
 def command(data: Path | str, runs: Path | str, **changes) -> list[object]:
@@ -82,18 +83,35 @@ def error(errors: str) -> str:
     return found[0]
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_two_nodes_train_as_one_process(data, alone, tmp_path, rendezvous):
-    nodes = [
-        start_node([*options, "--nproc_per_node=1"], command(data, tmp_path), tmp_path)
+@pytest.fixture(scope="module")
+def nodes(data, tmp_path_factory) -> Path:
+    """The run of two nodes with a process each."""
+    return run_on_nodes("static", data, tmp_path_factory.mktemp("nodes"))
+
+
+def run_on_nodes(rendezvous: str, data: Path, directory: Path) -> Path:
+    started = [
+        start_node([*options, "--nproc_per_node=1"], command(data, directory), directory)
         for options in node_options(rendezvous)
     ]
-    for status, _, errors in map(finish, nodes):
+    for status, _, errors in map(finish, started):
         assert status == 0, errors
+    return directory / "run"
+
+
+def assert_same_losses(run: Path, other: Path) -> None:
     for kind in ("train", "val"):
-        ours, theirs = (lines(run, kind, "step", "loss") for run in (tmp_path / "run", alone))
+        ours, theirs = (lines(each, kind, "step", "loss") for each in (run, other))
         assert [step for step, _ in ours] == [step for step, _ in theirs]
         assert (torch.tensor(ours) - torch.tensor(theirs)).abs().max() <= 1e-5
+
+
+def test_two_nodes_train_as_one_process(alone, nodes):
+    assert_same_losses(nodes, alone)
+
+
+def test_nodes_that_find_each_other_by_c10d_do_so_too(data, alone, tmp_path):
+    assert_same_losses(run_on_nodes("c10d", data, tmp_path), alone)
 
 
 @pytest.mark.parametrize("missing", ["data", "runs"])
@@ -105,12 +123,12 @@ def test_what_one_node_does_not_see_is_said_at_once_on_both(data, tmp_path, miss
     shutil.copytree(data, one / "mine")
     words = command("mine", tmp_path) if missing == "data" else command(data, "runs", timeout=2.0)
     begun = time.monotonic()
-    nodes = [
+    started = [
         start_node([*options, "--nproc_per_node=1"], words, cwd)
         for options, cwd in zip(node_options("static"), (one, two), strict=True)
     ]
-    said = [error(errors) for status, _, errors in map(finish, nodes) if status == 1]
-    assert len(said) == 2 and said[0] == said[1] and time.monotonic() - begun < 120
+    said = [error(errors) for status, _, errors in map(finish, started) if status == 1]
+    assert len(said) == 2 and said[0] == said[1] and time.monotonic() - begun < 300
     thing = "There is no data 'mine'" if missing == "data" else "runs/run/config.json"
     assert said[0].startswith("Process 1, on ") and thing in said[0]
     # Nothing is left that would stand in the way of the next try.
@@ -118,13 +136,10 @@ def test_what_one_node_does_not_see_is_said_at_once_on_both(data, tmp_path, miss
 
 
 @needs_proc
-def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_undisturbed(data, tmp_path):
-    words = {"updates": 80, "checkpoint_interval": 4, "val_interval": 8, "keep_checkpoints": 2}
-    straight = script(*command(data, tmp_path / "straight", **words), cwd=tmp_path, processes=2)
-    assert straight.returncode == 0, straight.stderr
+def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_undisturbed(data, nodes, tmp_path):
     options = ["--standalone", "--nproc_per_node=2", "--max-restarts=3"]
-    launcher = start_node(options, command(data, tmp_path / "killed", **words), tmp_path)
-    run = tmp_path / "killed" / "run"
+    launcher = start_node(options, command(data, tmp_path), tmp_path)
+    run = tmp_path / "run"
     try:
         wait_for(lambda: checkpoint.all_checkpoints(run), PATIENCE)
         time.sleep(random.uniform(0, 0.5))
@@ -134,28 +149,29 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_undisturbed(data, t
     finally:
         end(launcher)
     assert status == 0, errors
-    assert last_step(run) == 80 and output.count("compute ") == 2
-    assert_same_end(run, tmp_path / "straight" / "run", 80)
+    # The summary of each start.
+    assert output.count("compute ") == 2
+    assert_same_end(run, nodes, UPDATES)
 
 
 @needs_proc
 @pytest.mark.parametrize("loss", ["the other node is killed", "the other process is stopped"])
 def test_a_lost_node_ends_the_other_with_a_message(data, tmp_path, loss):
     words = command(data, tmp_path, updates=100_000, timeout=8.0)
-    nodes = [
+    one, two = (
         start_node([*options, "--nproc_per_node=1"], words, tmp_path)
         for options in node_options("static")
-    ]
+    )
     try:
         wait_for(lambda: last_step(tmp_path / "run") > 3, PATIENCE)
         begun = time.monotonic()
         if loss == "the other node is killed":
-            end(nodes[1])
+            end(two)
         else:
-            os.kill(workers(nodes[1].pid)[0], signal.SIGSTOP)
-        status, _, errors = finish(nodes[0], 60)
+            os.kill(workers(two.pid)[0], signal.SIGSTOP)
+        status, _, errors = finish(one)
     finally:
-        end(*nodes)
+        end(one, two)
     # The timeout, what torchrun needs to see it, and a busy machine.
     assert time.monotonic() - begun < 60
     assert status != 0
