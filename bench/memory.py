@@ -1,11 +1,13 @@
 """The estimate of an update's memory (memory.py) against what is measured.
 
-    python -m bench.memory [--kinds counted resident] [--cases ...]
+    python -m bench.memory [--kinds counted resident mapped] [--cases TEXT]
 
 `counted` adds up the storages that are alive, at the moment of an update when they are most: exact,
 and nothing is computed, for the tensors are fakes that have only shapes. `resident` is what a
-person sees: the memory of a fresh process over two real updates, beyond what it had after its
-imports. One JSON line each: the value is the estimate, the reference the measurement.
+person sees: what two real updates add to the memory of a process, beyond what PyTorch itself takes;
+`mapped` is the same where glibc maps every block of a megabyte by itself and gives it back at once,
+so that there are no gaps. One JSON line each: the value is the estimate, the reference what is
+measured. Gaps are part of the estimate for `resident` alone.
 """
 
 import contextlib
@@ -55,11 +57,16 @@ CASES: dict[str, tuple[str, str, int, int, str, dict[str, Any]]] = {
 }
 
 
+Kind = Literal["counted", "resident", "mapped"]
+# Read by glibc when a process begins.
+MAPPED_BYTES = "MALLOC_MMAP_THRESHOLD_"
+
+
 @dataclass(frozen=True)
 class Options:
     """Compare the estimate of memory with measurements."""
 
-    kinds: tuple[Literal["counted", "resident"], ...] = ("counted", "resident")
+    kinds: tuple[Kind, ...] = ("counted", "resident", "mapped")
     """What is measured."""
     cases: str = ""
     """Only cases whose names contain this."""
@@ -71,11 +78,11 @@ def main(options: Options) -> None:
     """Print one JSON line a case and kind."""
     # PyTorch reads it in the processes that are started from here.
     os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(options.huge_pages))
-    measures = {"counted": counted, "resident": resident}
+    measures = {"counted": counted, "resident": resident, "mapped": mapped}
     for case in CASES:
         config = case_config(case)
         for kind in options.kinds if options.cases in case else ():
-            measured = in_fresh_process(measures[kind], config) / 1e6
+            measured = measures[kind](config) / 1e6
             value = estimated(config, kind) / 1e6
             report(f"memory {kind}, {case}", "MB", [value], [measured])
 
@@ -124,10 +131,10 @@ def case_config(case: str) -> Config:
     return replace(recipes.build(recipe, size), fixed | changes)
 
 
-def estimated(config: Config, kind: str = "counted") -> float:
-    """Return the bytes memory.py says, of tensors alone or with what lies between them."""
+def estimated(config: Config, kind: Kind = "counted") -> float:
+    """Return the bytes memory.py says: of tensors or, of a process as it is, with gaps."""
     held = memory(config, config.train.micro_batch, Where("cpu", config.train.dtype))
-    return held.total - (held.gaps if kind == "counted" else 0)
+    return held.total - (held.gaps if kind != "resident" else 0)
 
 
 def counted(config: Config, fake: bool = True) -> int:
@@ -166,7 +173,24 @@ def _most_alive(config: Config) -> int:
 
 
 def resident(config: Config) -> int:
-    """Return the bytes that two updates on the CPU add to a process that has made smaller ones.
+    """Return the most bytes that two updates on the CPU add to a fresh process."""
+    return in_fresh_process(_added, config)
+
+
+def mapped(config: Config) -> int:
+    """Return the same where glibc leaves no gaps."""
+    before = os.environ.get(MAPPED_BYTES)
+    os.environ[MAPPED_BYTES] = str(1 << 20)
+    try:
+        return resident(config)
+    finally:
+        os.environ.pop(MAPPED_BYTES)
+        if before is not None:
+            os.environ[MAPPED_BYTES] = before
+
+
+def _added(config: Config) -> int:
+    """Return the most bytes that two updates add to this process, after smaller ones.
 
     By then PyTorch has loaded whatever it loads when it is first used.
     """
