@@ -32,9 +32,9 @@ HIDDEN_GRADIENTS = {"gelu": 1, "relu2": 3, "swiglu": 3}
 # Matrices, float32, that attention keeps where no fused kernel will do: T numbers a token and head.
 PLAIN_ATTENTION = 3
 
-# What a CPU's process takes beyond its tensors, as a fraction of them: gaps in glibc's heap that are
-# too small for others. bench/memory.py found 0.02 to 0.4, and none where glibc maps every block of a
-# megabyte by itself.
+# What a CPU's process takes beyond its tensors, as a fraction of them: gaps in glibc's heap, too
+# small for others. bench/memory.py found 0.08 to 0.45, and at most 0.04 where glibc maps every
+# block of a megabyte by itself.
 CPU_GAPS = 0.15
 
 # FSDP gathers a block while another is in use.

@@ -184,7 +184,7 @@ def _memory(config: Config, assumed: Assumptions) -> list[str]:
     config = recipes.fit_micro_batch(config, count)
     steps, batch = accumulation_steps(config, count), config.train.micro_batch
     held = memory(config, batch, where)
-    device = "this CPU" if where.device == "cpu" else f"one of {count} GPU(s)"
+    device = "a CPU" if where.device == "cpu" else f"one of {count} GPU(s)"
     table = [(name, getattr(held, name)) for name in PARTS if getattr(held, name)]
     table.append(("total", held.total))
     for words, changes in _alternatives(config, count).items():
@@ -193,7 +193,7 @@ def _memory(config: Config, assumed: Assumptions) -> list[str]:
     return [
         f"of {device} in {where.dtype} when it is most, without torch.compile, which needs less; "
         f"{steps} accumulation step(s) of micro-batch {batch}",
-        *(f"  {words:<{width}} {_gb(number):>12}" for words, number in table),
+        *(f"  {words:<{width}} {_size(number):>12}" for words, number in table),
     ]
 
 
@@ -264,15 +264,15 @@ def _disk(config: Config, manifest: Manifest | None) -> list[str]:
     here = "is there already" if manifest is not None else "and the validation split's"
     one, number = checkpoint_bytes(config), checkpoints_kept(config)
     return [
-        f"data: {_gb(TOKEN_BYTES * tokens)} at {TOKEN_BYTES} bytes a token, {here}",
-        f"checkpoints: {_gb(number * one)}, {number} of {_gb(one)} (the newest "
+        f"data: {_size(TOKEN_BYTES * tokens)} at {TOKEN_BYTES} bytes a token, {here}",
+        f"checkpoints: {_size(number * one)}, {number} of {_size(one)} (the newest "
         f"{config.train.keep_checkpoints}, the best, and one being written)",
     ]
 
 
-def _gb(number: float) -> str:
-    """Return bytes as gigabytes of 10^9."""
-    return f"{number / 1e9:,.2f} GB"
+def _size(number: float) -> str:
+    """Return bytes as gigabytes of 10^9, or as megabytes where they are less than one."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
 
 
 def _duration(took: float) -> str:

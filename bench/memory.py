@@ -70,14 +70,10 @@ class Options:
     """What is measured."""
     cases: str = ""
     """Only cases whose names contain this."""
-    huge_pages: bool = True
-    """Whether memory comes in pages of 2 MB, as in a run of main.py."""
 
 
 def main(options: Options) -> None:
     """Print one JSON line a case and kind."""
-    # PyTorch reads it in the processes that are started from here.
-    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(options.huge_pages))
     measures = {"counted": counted, "resident": resident, "mapped": mapped}
     for case in CASES:
         config = case_config(case)

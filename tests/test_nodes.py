@@ -215,7 +215,7 @@ esac
 
 
 @needs_proc
-def test_a_slurm_job_that_is_stopped_requeues_itself_and_goes_on(data, alone, tmp_path):
+def test_a_slurm_job_that_is_stopped_requeues_itself_and_goes_on(data, tmp_path):
     fakes = tmp_path / "bin"
     fakes.mkdir()
     for name, body in FAKES.items():
