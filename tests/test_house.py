@@ -22,9 +22,9 @@ ORDER = (
     *("model", "modern", "sharding", "muon", "optim", "loss_scale", "micro_batch", "outcome"),
     *("fineweb", "checkpoint", "hf", "decoder", "generate", "sample", "scoring", "evaluation"),
     *("in_loop_evals", "trainer", "measuring", "train"),
-    *("lm_eval_adapter", "evaluate", "results", "main", "arms", "experiments"),
+    *("lm_eval_adapter", "evaluate", "results", "summary", "main", "arms", "experiments"),
 )
-WITHOUT_TORCH = (*ORDER[: ORDER.index("devices")], "results", "main", "arms", "experiments")
+WITHOUT_TORCH = (*ORDER[: ORDER.index("devices")], *ORDER[ORDER.index("results") :])
 
 
 def imports(module: str) -> set[str]:
