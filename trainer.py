@@ -93,36 +93,27 @@ def begin(
     """
     dtype = pick_dtype(config.train.dtype, world.device)
     torch.set_float32_matmul_precision("high" if config.train.dtype == "tf32" else "highest")
-    directory, block_size = find_data(config.data), config.model.block_size
-    train_data, val_data = (FineWebEdu(directory, s, block_size) for s in ("train", "val"))
-    # Weights are drawn on the CPU, so that a seed means the same on every device.
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
+    directory = find_data(config.data)
+    train_data, val_data = (
+        FineWebEdu(directory, split, config.model.block_size) for split in ("train", "val")
+    )
     state = {"step": 0, "seconds": 0.0}
     if resumed is not None:
         state = checkpoint.read_state(resumed)
         _check_same_run(resumed, state, config, directory)
-        checkpoint.load_model(resumed, model)
-    compiled = _place(model, config, world)
-    # Sharing out replaces the parameters, so whatever refers to them comes after it.
-    optimizers = build_optimizers(model, config.optim, dtype)
-    if resumed is not None:
-        checkpoint.load_optimizers(resumed, model, optimizers)
+    model, compiled, optimizers = _build(config, world, resumed, dtype)
     shared = is_shared(model.head_weight)
     if tries_micro_batch and not shared:
         config = largest_that_fits(config, compiled, resumed is None, world)
     attention = choose_attention(config, world, dtype)
-    start, total = state["step"], config.train.updates
+    start = state["step"]
     last = last_update(config, start)
     losses = {name: state.get(name) for name in MEASURED}
     if world.is_main:
         _tidy(config, run, start, losses["val_loss"] is not None)
         logs.write_environment(run, start, _facts(config, world, dtype, directory, attention))
-    benchmarks, scorer = [], None
-    if config.train.eval_interval:
-        scorer = Scorer(model, world, dtype, config.train.compile)
-        benchmarks = open_benchmarks(config, train_data.stream.tokenizer, scorer)
+    evaluates, compile_mode = config.train.eval_interval > 0, config.train.compile
+    scorer = Scorer(model, world, dtype, compile_mode) if evaluates else None
     trainer = Trainer(
         config,
         run,
@@ -134,11 +125,10 @@ def begin(
         model if shared else distribute(compiled, world),
         optimizers,
         dtype,
-        total,
+        config.train.updates,
         last,
-        # The bar is drawn here, so that whatever fails to begin has a line of its own.
         _bar(start, last, config, world),
-        benchmarks,
+        open_benchmarks(config, train_data.stream.tokenizer, scorer) if scorer else [],
         scorer,
         loss_scale(dtype, config.train.loss_scale, state.get("loss_scale")),
         updates_behind(world.device, dtype),
@@ -150,16 +140,34 @@ def begin(
     return trainer, start
 
 
-def _place(model: GPT, config: Config, world: World) -> nn.Module:
-    """Move a model from the CPU to its devices, whole or in shares, and return it compiled."""
+def _build(
+    config: Config, world: World, resumed: Path | None, dtype: torch.dtype
+) -> tuple[GPT, nn.Module, list[torch.optim.Optimizer]]:
+    """Return the model on its devices, whole or in shares, the same compiled, and its optimizers.
+
+    With `resumed`, they are as in that checkpoint.
+    """
     train = config.train
+    # Weights are drawn on the CPU, so that a seed means the same on every device.
+    torch.manual_seed(train.seed)
+    model = build_model(config.model)
+    model.gradient_checkpointing = train.gradient_checkpointing
+    if resumed is not None:
+        checkpoint.load_model(resumed, model)
+    compiled = model
     if train.parallel == "fsdp" and world.size > 1:
         shard(model, train.compile, world)
-        return model
-    return compile_module(model.to(world.device), train.compile, world)
+    else:
+        compiled = compile_module(model.to(world.device), train.compile, world)
+    # Sharing out replaces the parameters, so whatever refers to them comes after it.
+    optimizers = build_optimizers(model, config.optim, dtype)
+    if resumed is not None:
+        checkpoint.load_optimizers(resumed, model, optimizers)
+    return model, compiled, optimizers
 
 
 def _bar(start: int, last: int, config: Config, world: World) -> TrainingBar:
+    """Draw the bar, so that whatever fails to begin afterwards has a line of its own."""
     train, peak = config.train, _peak_speed(config, world)
     disable = not world.is_main
     return TrainingBar(start, last, train.tokens_per_update, peak, disable=disable)
