@@ -92,7 +92,6 @@ def begin(
     or the config or the data are not those it was made with.
     """
     dtype = pick_dtype(config.train.dtype, world.device)
-    torch.set_float32_matmul_precision("high" if config.train.dtype == "tf32" else "highest")
     directory = find_data(config.data)
     train_data, val_data = (
         FineWebEdu(directory, split, config.model.block_size) for split in ("train", "val")
@@ -148,6 +147,7 @@ def _build(
     With `resumed`, they are as in that checkpoint.
     """
     train = config.train
+    torch.set_float32_matmul_precision("high" if train.dtype == "tf32" else "highest")
     # Weights are drawn on the CPU, so that a seed means the same on every device.
     torch.manual_seed(train.seed)
     model = build_model(config.model)
