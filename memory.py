@@ -33,8 +33,8 @@ HIDDEN_GRADIENTS = {"gelu": 1, "relu2": 3, "swiglu": 3}
 PLAIN_ATTENTION = 3
 
 # What a CPU's process takes beyond its tensors, as a fraction of them: gaps in glibc's heap, too
-# small for others. bench/memory.py found 0.08 to 0.45, and at most 0.04 where glibc maps every
-# block of a megabyte by itself.
+# small for others. bench/memory.py found 0.07 to 0.23 at 124M and 0.1 to 0.7 at nano, but at most
+# 0.05 where glibc maps every block of a megabyte by itself.
 CPU_GAPS = 0.15
 
 # FSDP gathers a block while another is in use.
