@@ -51,7 +51,7 @@ def case_of(job: Job, loop: str, micro_batch: int, mode: str) -> Case:
     scale = job.scale
     return Case(
         *(loop, scale.model, job.data, micro_batch, "bfloat16", mode, job.device),
-        *(False, scale.warm_up, scale.updates),
+        *(scale.warm_up, scale.updates),
     )
 
 
