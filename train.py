@@ -123,15 +123,21 @@ def _may_step(trainer: Trainer, found: Outcome) -> bool:
 
     With loss scaling they may overflow, and the loss may not.
     """
-    loss, norm, _ = found.read()
+    _require_finite(trainer, found)
+    _, norm, _ = found.read()
     finite, scale = math.isfinite(norm), trainer.loss_scale
-    if not math.isfinite(loss) or not (finite or scale):
-        raise UserError(_not_finite(trainer, found))
     if scale is not None and finite:
         scale.held()
     elif scale is not None:
         scale.overflowed()
     return finite
+
+
+def _require_finite(trainer: Trainer, found: Outcome) -> None:
+    """Raise UserError unless loss and norm are finite; with loss scaling, the norm need not be."""
+    loss, norm, _ = found.read()
+    if not math.isfinite(loss) or not (math.isfinite(norm) or trainer.loss_scale):
+        raise UserError(_not_finite(trainer, found))
 
 
 def settle(trainer: Trainer, behind: int = 0) -> None:
@@ -141,10 +147,8 @@ def settle(trainer: Trainer, behind: int = 0) -> None:
     """
     while len(trainer.outcomes) > behind:
         found = trainer.outcomes.pop(0)
+        _require_finite(trainer, found)
         loss, norm, asked = found.read()
-        finite = math.isfinite(loss) and (math.isfinite(norm) or trainer.loss_scale is not None)
-        if not finite:
-            raise UserError(_not_finite(trainer, found))
         # The processes have agreed on it; one update more changes nothing about that.
         trainer.stopping = trainer.stopping or asked
         record_update(trainer, found.step, loss, norm)
@@ -174,18 +178,18 @@ def accumulate_gradients(trainer: Trainer, windows: Tensor, step: int) -> Tensor
     return torch.stack(losses)
 
 
-def _not_finite(trainer: Trainer, outcome: Outcome) -> str:
+def _not_finite(trainer: Trainer, found: Outcome) -> str:
     """Write non_finite.json and return the sentence that says what was found, and where."""
-    step, losses, (loss, norm, _) = outcome.step, outcome.losses, outcome.read()
+    step, losses, (loss, norm, _) = found.step, found.losses, found.read()
     windows = update_windows(trainer.config, step, len(trainer.data))
     by_micro_batch = windows.reshape(-1, trainer.config.train.micro_batch)
     bad = ~torch.isfinite(gather_over_ranks(losses)).flatten().cpu().numpy()
     suspects = by_micro_batch[bad].flatten().tolist() or windows.tolist()
-    found = {"step": step, "loss": str(loss), "grad_norm": str(norm)}
-    found |= {"suspects": suspects, "windows": windows.tolist()}
+    record = {"step": step, "loss": str(loss), "grad_norm": str(norm)}
+    record |= {"suspects": suspects, "windows": windows.tolist()}
     path = trainer.run / "non_finite.json"
     if trainer.world.is_main:
-        write_atomically(path, (json.dumps(found) + "\n").encode())
+        write_atomically(path, (json.dumps(record) + "\n").encode())
     shown = ", ".join(map(str, suspects[:8]))
     more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
     return (
