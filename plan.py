@@ -192,7 +192,7 @@ def _memory(config: Config, assumed: Assumptions) -> list[str]:
     width = max(len(words) for words, _ in table)
     return [
         f"of {device} in {where.dtype} when it is most, without torch.compile, which needs less; "
-        f"{steps} accumulation step(s) of micro-batch {batch}",
+        f"{steps} accumulation step(s) of micro-batch {batch}{example}",
         *(f"  {words:<{width}} {_size(number):>12}" for words, number in table),
     ]
 

@@ -3,8 +3,8 @@
     python sample.py RUN|CHECKPOINT|HF_NAME --prompt TEXT
 
 `generate.py` draws the tokens. All samples of a prompt advance together as the rows of one batch,
-and what one says does not depend on how many others there are. Eight together take little longer
-than one, since it is the reading of the weights that takes the time; in bfloat16 (--dtype) these
+and what one says does not depend on how many others there are. Eight together take less than
+twice as long as one on a CPU, since it is the reading of the weights that takes the time; in bfloat16 (--dtype) these
 have half the bytes.
 
 Training documents begin with <|endoftext|>, so a prompt to one of our own models does too. OpenAI's
