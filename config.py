@@ -156,7 +156,7 @@ class TrainConfig:
     attention: Literal["auto", "flash", "fa3", "cudnn", "efficient", "math"] = "auto"
     """Attention kernel on CUDA; auto measures those that are there and takes the fastest."""
     gradient_checkpointing: bool = False
-    """Keep only the blocks' inputs and compute them again backward: less memory, a third more work."""
+    """Keep only the blocks' inputs and compute them again backward: less memory for more time."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several processes: each has the whole model (ddp), or a share of every matrix (fsdp)."""
     device: Literal["cpu", "cuda", "mps", "auto"] = "auto"

@@ -181,6 +181,8 @@ def _compute(config: Config) -> list[str]:
 def _memory(config: Config, assumed: Assumptions) -> list[str]:
     where = _where(config, assumed)
     count = where.processes
+    chosen = config.train.micro_batch is None and where.device == "cuda"
+    example = ", for example: a run takes the largest that fits" if chosen else ""
     config = recipes.fit_micro_batch(config, count)
     steps, batch = accumulation_steps(config, count), config.train.micro_batch
     held = memory(config, batch, where)

@@ -3,9 +3,9 @@
     python sample.py RUN|CHECKPOINT|HF_NAME --prompt TEXT
 
 `generate.py` draws the tokens. All samples of a prompt advance together as the rows of one batch,
-and what one says does not depend on how many others there are. Eight together take less than
-twice as long as one on a CPU, since it is the reading of the weights that takes the time; in bfloat16 (--dtype) these
-have half the bytes.
+and what one says does not depend on how many others there are. On a CPU eight together take less
+than twice as long as one, since it is the reading of the weights that takes the time; in bfloat16
+(--dtype) these have half the bytes.
 
 Training documents begin with <|endoftext|>, so a prompt to one of our own models does too. OpenAI's
 models are given the prompt alone, as everyone else gives it to them. An empty prompt is

@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -20,9 +19,8 @@ from tests.torture.common import (
     attempt,
     processes_in,
     require,
-    succeed,
 )
-from tests.torture.runs import DATA, RUN, check_same_run, command, make_data
+from tests.torture.runs import DATA, RUN, check_same_run, command, make_data, straight
 from tests.torture.training import BEFORE, EARLY, ELSEWHERE, INSIDE, place, writes_checkpoint
 
 KINDS = (
@@ -42,7 +40,7 @@ def run(seed: int, kills: int, directory: Path) -> tuple[str, Outcome]:
     for number in itertools.count():
         kind, launch = number % len(KINDS), LAUNCHES[number % len(LAUNCHES)]
         if kind not in straights:
-            straights[kind] = straight(directory, kind)
+            straights[kind] = straight(directory / f"straight_{kind}", 2, **SETTINGS, **KINDS[kind])
         folder, seconds = straights[kind]
 
         def trial(rng: random.Random, own: Path, seen: Counter[str]) -> None:
@@ -65,16 +63,6 @@ def summary(seen: Counter[str], runs: int) -> str:
         f"{seen[BEFORE]} {BEFORE}), each restarted by torchrun alone: all weights, optimizer "
         "states, metrics and samples bitwise those of the undisturbed run, no stray files"
     )
-
-
-def straight(directory: Path, kind: int) -> tuple[Path, float]:
-    """Make the run of a kind that nothing disturbs; returns its folder and how long it took."""
-    folder = directory / f"straight_{kind}"
-    shutil.rmtree(folder, ignore_errors=True)
-    make_data(folder / DATA)
-    begun = time.monotonic()
-    succeed(folder, *command(**SETTINGS, **KINDS[kind]), processes=2)
-    return folder, time.monotonic() - begun
 
 
 def kill_and_wait(

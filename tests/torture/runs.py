@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from files import unseal
 from manifests import Manifest, Shard, sampled_digest, write_manifest
 from recipes import PROMPTS
 from tests.tiny import fields, tiny_config
-from tests.torture.common import Difference, check_nothing_hidden, require
+from tests.torture.common import Difference, check_nothing_hidden, require, succeed
 from tokenizer import CharTokenizer, Tokenizer
 
 # Some letters take two or three bytes, so that a text can be torn within one.
@@ -75,6 +77,15 @@ def command(**changes: Any) -> list[str]:
     changes = {"updates": 60, "checkpoint_interval": 2, "keep_checkpoints": 2} | changes
     config = tiny_config(DATA, RUN.parent, vocab_size=size, **changes)
     return ["main.py", "--data", str(DATA), "--name", NAME, *fields(config)]
+
+
+def straight(folder: Path, processes: int = 1, **changes: Any) -> tuple[Path, float]:
+    """Make, anew, a run that nothing disturbs; returns its folder and how long it took."""
+    shutil.rmtree(folder, ignore_errors=True)
+    make_data(folder / DATA)
+    begun = time.monotonic()
+    succeed(folder, *command(**changes), processes=processes)
+    return folder, time.monotonic() - begun
 
 
 def check_same_run(folder: Path, straight: Path) -> None:

@@ -2,8 +2,6 @@
 
 import itertools
 import random
-import shutil
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ from tests.torture.common import (
     start,
     succeed,
 )
-from tests.torture.runs import DATA, RESUME, RUN, check_same_run, command, make_data
+from tests.torture.runs import DATA, RESUME, RUN, check_same_run, command, make_data, straight
 
 KINDS = (
     {"order": "sequential", "optimizer": "adamw", "dropout": 0.0},
@@ -53,7 +51,9 @@ def run(seed: int, kills: int, directory: Path) -> tuple[str, Outcome]:
             numbers = range(first, first + AT_ONCE)
             # Two at a time, like the trials, so that they take as long.
             kinds = [n % len(KINDS) for n in numbers if n % len(KINDS) not in straights]
-            made = pool.map(lambda kind: straight(directory, kind), kinds)
+            made = pool.map(
+                lambda kind: straight(directory / f"straight_{kind}", **KINDS[kind]), kinds
+            )
             straights |= dict(zip(kinds, made, strict=True))
             list(pool.map(make, numbers))
             if outcome.seen.total() >= kills or len(outcome.failures) > 2:
@@ -68,16 +68,6 @@ def summary(seen: Counter[str]) -> str:
         f"{BEFORE}): all weights, optimizer states, metrics and samples bitwise those of the "
         "undisturbed run, every checkpoint in sight complete, no stray files"
     )
-
-
-def straight(directory: Path, kind: int) -> tuple[Path, float]:
-    """Make the run of a kind that nothing disturbs; returns its folder and how long it took."""
-    folder = directory / f"straight_{kind}"
-    shutil.rmtree(folder, ignore_errors=True)
-    make_data(folder / DATA)
-    begun = time.monotonic()
-    succeed(folder, *command(**KINDS[kind]))
-    return folder, time.monotonic() - begun
 
 
 def kill_and_resume(
