@@ -89,7 +89,7 @@ def text(lines: list[Line], images: dict[str, Path]) -> str:
 
 
 def claims(lines: list[Line]) -> Iterator[str]:
-    """Yield a sentence on each claim that issue 6 makes of one H200, with what was measured."""
+    """Yield a sentence on each claim about one H200, with what was measured."""
     for claim, wanted, values in (
         ("MFU of 124M at B=64, T=1024", "at least 0.5", figures_of(lines, "throughput", mfu)),
         (

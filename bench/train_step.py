@@ -8,7 +8,8 @@ transformers with its own loss and fused AdamW, and this project's model with wh
 cross-entropy and the AdamW of one tensor at a time. All start from the same seed, read the same
 windows and clip gradients at norm 1. Every measurement has a process of its own, and they take
 turns; the first updates are not timed. Memory is that beyond the process with its imports (on CUDA,
-of tensors).
+of tensors). The last line of a size is what reading an update's windows would take if training
+waited for it, in a shuffled order, against the whole update.
 """
 
 import contextlib
@@ -35,11 +36,11 @@ import recipes
 from bench.device import begin_memory, peak_memory
 from bench.processes import in_fresh_process
 from bench.record import report
-from config import ModelConfig, OptimConfig, UserError, replace
+from config import Config, ModelConfig, OptimConfig, UserError, replace
 from counts import flops_per_token
 from devices import autocast, peak_flops, pick_device, synchronize
 from distributed import World
-from fineweb import FineWebEdu, training_batches
+from fineweb import FineWebEdu, read_update, training_batches
 from manifests import Manifest
 from modern import build_model
 from tokenizer import GPT2Tokenizer, gpt2_tokenizer
@@ -148,6 +149,9 @@ def compare(size: str, ours: Case, references: tuple[str, ...], options: Options
             if None not in values:
                 name = f"train step, {size}, {title(mine)}, {figure}, against {title(other)}"
                 report(name, unit, values, others, options.device)
+    reads = [in_fresh_process(seconds_to_read, ours) for _ in range(options.repeats)]
+    name = f"train step, {size}, {title(ours)}, reading of its windows, against an update"
+    report(name, "s", reads, [figures.seconds for figures in found[ours]], options.device)
 
 
 def pairs_of(
@@ -198,20 +202,8 @@ def measure(case: Case) -> Figures:
 
 def ours(case: Case, device: torch.device) -> Iterator[Tensor | float]:
     """Yield the loss after every update of a run of this project."""
-    world, updates = World(0, 1, device), case.warm_up + case.updates
-    config = dataclasses.replace(recipes.build("gpt2"), model=case.model, data=case.data)
-    config = replace(
-        config,
-        {
-            "train.updates": updates,
-            "train.tokens_per_update": case.batch * case.model.block_size,
-            "train.micro_batch": case.batch,
-            "train.eval_interval": 0,
-            "train.compile": case.compile,
-            "train.dtype": case.dtype,
-            "train.seed": SEED,
-        },
-    )
+    world, config = World(0, 1, device), config_of(case)
+    updates = config.train.updates
     with tempfile.TemporaryDirectory() as run:
         # A bar that takes its time, as in any run, but does not show among the results.
         with contextlib.redirect_stderr(io.StringIO()):
@@ -224,6 +216,34 @@ def ours(case: Case, device: torch.device) -> Iterator[Tensor | float]:
                 settle(trainer, trainer.updates_behind)
                 yield trainer.losses["train_loss"] or 0.0
             settle(trainer)
+
+
+def config_of(case: Case) -> Config:
+    """Return the config of a run that trains as a case says, its windows in their own order."""
+    config = dataclasses.replace(recipes.build("gpt2"), model=case.model, data=case.data)
+    return replace(
+        config,
+        {
+            "train.updates": case.warm_up + case.updates,
+            "train.tokens_per_update": case.batch * case.model.block_size,
+            "train.micro_batch": case.batch,
+            "train.eval_interval": 0,
+            "train.compile": case.compile,
+            "train.dtype": case.dtype,
+            "train.seed": SEED,
+        },
+    )
+
+
+def seconds_to_read(case: Case) -> float:
+    """Return the seconds an update's windows take, read in this thread and in a shuffled order."""
+    config = replace(config_of(case), {"train.order": "shuffle_windows"})
+    world = World(0, 1, torch.device("cpu"))
+    data = FineWebEdu(case.data, "train", config.model.block_size)
+    start = time.perf_counter()
+    for step in range(1, config.train.updates + 1):
+        read_update(data, config, step, world)
+    return (time.perf_counter() - start) / config.train.updates
 
 
 def transformers_loop(case: Case, device: torch.device) -> Iterator[Tensor]:
