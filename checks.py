@@ -59,6 +59,11 @@ def _check_train(train: TrainConfig) -> None:
     _require(
         train.eval_limit is None or train.eval_limit >= 1, "train.eval_limit must be 1 or more."
     )
+    _require(
+        train.rows == "packed" or train.order != "shuffle_documents",
+        "train.rows padded has a document in every window, so that train.order shuffle_windows "
+        "shuffles documents; choose that, or sequential.",
+    )
     for name in ("val_interval", "eval_interval", "checkpoint_interval", "sample_tokens"):
         _require(getattr(train, name) >= 0, f"train.{name} must not be negative.")
 

@@ -129,6 +129,8 @@ class TrainConfig:
     """Windows in a forward pass of one process; by default what divides and fits."""
     order: Literal["sequential", "shuffle_documents", "shuffle_windows"] = "sequential"
     """Order of the windows: as stored, or documents or windows permuted anew every epoch."""
+    rows: Literal["packed", "padded"] = "packed"
+    """Windows cut from documents back to back, or a document, or a piece of one, in each."""
     val_interval: int = 250
     """Updates between validations; 0 validates only at the start and the end of the run."""
     val_tokens: int = 10_485_760
@@ -145,6 +147,10 @@ class TrainConfig:
     """How many of the newest checkpoints stay, besides the one with the least validation loss."""
     log_interval: int = 1
     """Updates between train lines in metrics.jsonl."""
+    log_window_losses: bool = False
+    """Also keep the loss of every window, update by update, in window_losses.bin."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Show the record in Weights & Biases or TensorBoard, too."""
     sample_tokens: int = 48
     """Tokens sampled from each fixed prompt into samples.md at a checkpoint; 0 samples nothing."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -179,6 +185,8 @@ class Config:
     """Directory of token shards, or its name under data/."""
     name: str = ""
     """Name of the run directory."""
+    init: str = ""
+    """Model whose weights it begins with: a run, a checkpoint, gpt2, or one of transformers."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -193,6 +201,7 @@ MUTABLE_FIELDS = {
     *("train.eval_interval", "train.eval_tasks", "train.eval_limit"),
     *("train.keep_checkpoints", "train.sample_tokens", "train.timeout", "train.stop_at"),
     *("train.loss_scale", "train.attention", "train.gradient_checkpointing", "train.parallel"),
+    *("train.log_window_losses", "train.trackers"),
 }
 
 # Fields that came later. At their defaults they change nothing, so that a run begun before them has
@@ -201,7 +210,7 @@ LATER_FIELDS = (
     *("model.architecture", "model.positions", "model.norm", "model.activation", "model.bias"),
     *("model.document_mask", "model.qk_norm", "model.zero_init", "model.x0_shortcut"),
     *("model.value_residual", "model.softcap", "model.tied"),
-    *("optim.head_lr", "optim.momentum_warmup"),
+    *("optim.head_lr", "optim.momentum_warmup", "train.rows", "init"),
 )
 
 

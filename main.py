@@ -1,8 +1,10 @@
 """Command line -> config -> train.
 
-python main.py [RECIPE] [--size SIZE] [--data DIR_OR_NAME] [--name RUN] [--group.field value
-...] python main.py --resume RUN [--group.field value ...] torchrun --standalone
---nproc_per_node=8 main.py ...
+    python main.py [RECIPE] [--size SIZE] [--data DIR_OR_NAME] [--name RUN] [--group.field value]
+    python main.py --resume RUN [--group.field value]
+    torchrun --standalone --nproc_per_node=8 main.py ...
+
+Defaults < size < recipe < what is typed. `resolve` reads the command line, `launch` does it.
 """
 
 import contextlib
