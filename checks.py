@@ -64,6 +64,11 @@ def _check_train(train: TrainConfig) -> None:
         "train.rows padded has a document in every window, so that train.order shuffle_windows "
         "shuffles documents; choose that, or sequential.",
     )
+    _require(
+        not train.log_window_losses or train.order != "shuffle_documents",
+        "train.log_window_losses wants windows that are the same text in every epoch; choose "
+        "train.order sequential or shuffle_windows.",
+    )
     for name in ("val_interval", "eval_interval", "checkpoint_interval", "sample_tokens"):
         _require(getattr(train, name) >= 0, f"train.{name} must not be negative.")
 

@@ -185,11 +185,11 @@ class Config:
     """Directory of token shards, or its name under data/."""
     name: str = ""
     """Name of the run directory."""
-    init: str = ""
-    """Model whose weights it begins with: a run, a checkpoint, gpt2, or one of transformers."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    init: str = ""
+    """Model whose weights it begins with: a run, a checkpoint, gpt2, or one of transformers."""
 
 
 # Fields that may change between a run and its resumption: they decide how and where it is computed

@@ -34,6 +34,21 @@ def chunked_cross_entropy(
     is kept nor a product done twice. The gradient of `weight` is left in `shared`, if given, for
     the embedding that shares it.
     """
+    return mean_and_losses(x, weight, targets, vocab_size, softcap, shared)[0]
+
+
+def mean_and_losses(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    softcap: float = 0.0,
+    shared: SharedGradient | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `chunked_cross_entropy`'s mean and, without gradient, every target's loss (N,).
+
+    That of an IGNORED target is 0.
+    """
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -53,6 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scored = targets != IGNORED
         scale = 1 / scored.sum().clamp(min=1)
         total = torch.zeros((), device=x.device)
+        losses = []
         dx = torch.empty_like(x) if wants_grad else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
         chunk = 256 if x.device.type == "cpu" else 8192
@@ -60,16 +76,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logp, dlogits = _log_softmax(
                 x[rows], weight, targets[rows], vocab_size, softcap, wants_grad
             )
-            total = total - torch.where(scored[rows], logp, 0).sum()
+            losses.append(-torch.where(scored[rows], logp, 0))
+            total = total + losses[-1].sum()
             if wants_grad:
                 keep = scored[rows, None].to(x.dtype)
                 dx[rows] = (dlogits @ weight) * keep
                 _add_product(dweight, dlogits, x[rows] * keep)
         ctx.save_for_backward(dx, dweight, scale)
-        return total * scale
+        losses = torch.cat(losses)
+        ctx.mark_non_differentiable(losses)
+        return total * scale, losses
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, _):
         dx, dweight, scale = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.input_dtypes
         # The mean's and the caller's factor come in float32 and last: in float16, gradients of a

@@ -35,7 +35,7 @@ def build_index(directory: str | Path, split: str = "train", quiet: bool = False
     To be called on one process before the others open the data. Where the directory cannot be
     written a line says so, and every process will make an index of its own, in its memory.
     """
-    _open_index(TokenStream(directory, split), quiet)
+    open_index(TokenStream(directory, split), quiet)
 
 
 class DocumentOrder:
@@ -44,7 +44,7 @@ class DocumentOrder:
     def __init__(self, stream: TokenStream, seed: int, quiet: bool = True):
         """Open the index of a stream, or make it; raises UserError when it is damaged."""
         self.stream, self.seed = stream, seed
-        self._path, self._places = index_path(stream), _open_index(stream, quiet)
+        self._path, self._places = index_path(stream), open_index(stream, quiet)
         # The pieces of the shards read last, by epoch and shard.
         self._held: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -156,7 +156,7 @@ def write_index(path: Path, parts: list[np.ndarray]) -> None:
     write_atomically(path, header, *(part.astype("<i8", copy=False).data for part in parts))
 
 
-def _open_index(stream: TokenStream, quiet: bool) -> "StoredPlaces | np.ndarray":
+def open_index(stream: TokenStream, quiet: bool) -> "StoredPlaces | np.ndarray":
     """Return the places of a split's pieces and its length, from a file if there can be one."""
     path = index_path(stream)
     if not path.exists():

@@ -19,16 +19,27 @@ from cross_entropy import IGNORED
 from distributed import World
 from documents import DocumentOrder
 from orders import epoch_and_update, update_windows
+from rows import PaddedRows
 from shards import TokenStream
 
 
 class FineWebEdu(Dataset):
     """Map-style data set over the windows of one split; works with any DataLoader or trainer."""
 
-    def __init__(self, directory: str | Path, split: str = "train", block_size: int = 1024):
-        """Open a data directory; raises UserError when it is damaged or holds no whole window."""
+    def __init__(
+        self,
+        directory: str | Path,
+        split: str = "train",
+        block_size: int = 1024,
+        rows: str = "packed",
+    ):
+        """Open a data directory, its windows as train.rows says.
+
+        Raises UserError when it is damaged or holds no whole window.
+        """
         self.stream = TokenStream(directory, split)
         self.block_size = block_size
+        self.padded = PaddedRows(self.stream, block_size) if rows == "padded" else None
         self._documents: DocumentOrder | None = None
         if len(self) < 1:
             raise UserError(
@@ -37,17 +48,25 @@ class FineWebEdu(Dataset):
             )
 
     def __len__(self) -> int:
+        if self.padded is not None:
+            return len(self.padded)
         return (len(self.stream) - 1) // self.block_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of window `index`, int64 (T,) each."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        window = self.windows(np.array([index % len(self)]))[0]
-        return window[:-1], window[1:]
+        inputs, targets = inputs_and_targets(self.windows(np.array([index % len(self)])))
+        return inputs[0], targets[0]
 
     def windows(self, indices: np.ndarray) -> Tensor:
-        """Return windows as int64 (len(indices), T + 1), inputs and targets in one."""
+        """Return windows as int64 (len(indices), T + 1), inputs and targets in one.
+
+        Padding is IGNORED.
+        """
+        if self.padded is not None:
+            tokens, held = self.padded.read(indices)
+            return torch.from_numpy(np.where(held, tokens, IGNORED))
         starts = np.asarray(indices, dtype=np.int64) * self.block_size
         return torch.from_numpy(self.stream.windows(starts, self.block_size + 1).astype(np.int64))
 
@@ -56,6 +75,14 @@ class FineWebEdu(Dataset):
         if self._documents is None or self._documents.seed != seed:
             self._documents = DocumentOrder(self.stream, seed, quiet)
         return self._documents
+
+
+def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what goes into the model and what it should say, (B, T) each, of windows (B, T + 1).
+
+    In the inputs, padding is some token, which nothing that counts can see.
+    """
+    return windows[:, :-1].clamp(min=0), windows[:, 1:]
 
 
 def training_batches(
@@ -105,7 +132,7 @@ def training_batches(
 def read_update(data: FineWebEdu, config: Config, step: int, world: World) -> Tensor:
     """Return this rank's windows of update `step`, int64 (G / world size, T + 1), on the CPU."""
     indices, length = rank_windows(config, step, len(data), world), data.block_size
-    if config.train.order == "shuffle_windows":
+    if config.train.order == "shuffle_windows" or data.padded is not None:
         return data.windows(indices)
     # Neighbours, of which one's last token is the next one's first: one read brings them all.
     start, count = int(indices[0]) * length, len(indices) * length + 1

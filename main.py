@@ -38,6 +38,7 @@ from documents import build_index
 from files import locked
 from logs import create_run, read_config, run_directory
 from manifests import DATA_DIR, find_data, manifest_digest, read_manifest
+from rows import training_windows
 from shards import TokenStream
 from summary import resume_command, summary
 from tasks import TASKS
@@ -210,8 +211,7 @@ def complete_config(config: Config) -> Config:
     """Return the config with what its data decides: vocabulary and number of updates."""
     manifest = read_manifest(find_data(config.data))
     config = replace(config, {"model.vocab_size": manifest.vocab_size})
-    windows = (manifest.tokens("train") - 1) // config.model.block_size
-    return replace(config, {"train.updates": total_updates(config, windows)})
+    return replace(config, {"train.updates": total_updates(config, training_windows(config))})
 
 
 def launch(job: Job, world: "World") -> None:
@@ -269,7 +269,7 @@ def _prepare_data(job: Job) -> None:
         TokenStream(directory, split)
     if job.verifies:
         print(verify_data(directory), flush=True)
-    if config.train.order == "shuffle_documents":
+    if config.train.order == "shuffle_documents" or config.train.rows == "padded":
         build_index(directory, "train")
 
 

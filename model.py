@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lean
 from config import ModelConfig
-from cross_entropy import chunked_cross_entropy, soft_capped
+from cross_entropy import IGNORED, mean_and_losses, soft_capped
 from lean import SharedGradient
 
 
@@ -28,6 +28,8 @@ class GPT(nn.Module):
         self.config = config
         # Blocks keep their inputs alone for the backward pass, and are computed again there.
         self.gradient_checkpointing = False
+        # Losses are given window by window, too.
+        self.gives_window_losses = False
         # Rows past vocab_size make the matrix products fast; no id ever selects them.
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -68,13 +70,17 @@ class GPT(nn.Module):
         """Return `(logits, None)`, or with targets `(None, loss)`.
 
         idx and targets are int64 (B, T); logits are (B, T, V); the loss is the mean over all
-        targets that are not IGNORED, in nats, computed without ever holding all logits.
+        targets that are not IGNORED, in nats, computed without ever holding all logits. With
+        `gives_window_losses` there are the means of the windows (B,), without gradient, for None.
         """
         if targets is None:
             return self.logits(self.hidden(idx)), None
         # Where the head is the embedding, so are their gradients.
         shared = SharedGradient() if self.config.tied and lean.applies_to(idx) else None
-        return None, self.loss(self.hidden(idx, shared=shared), targets, shared)
+        mean, losses = self.losses(self.hidden(idx, shared=shared), targets, shared)
+        if not self.gives_window_losses:
+            return None, mean
+        return losses.sum(1) / (targets != IGNORED).sum(1).clamp(min=1), mean
 
     def hidden(
         self,
@@ -142,11 +148,16 @@ class GPT(nn.Module):
         logits = F.linear(x, self.head_weight)[..., : self.config.vocab_size]
         return soft_capped(logits, self.config.softcap) if self.config.softcap else logits
 
-    def loss(self, x: Tensor, targets: Tensor, shared: SharedGradient | None = None) -> Tensor:
-        """Return the mean cross-entropy in nats, float32, of states (B, T, C), targets (B, T)."""
-        c = self.config
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return chunked_cross_entropy(x, self.head_weight, targets, c.vocab_size, c.softcap, shared)
+    def losses(
+        self, x: Tensor, targets: Tensor, shared: SharedGradient | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy in nats, float32, of states (B, T, C) and targets (B, T).
+
+        It is the mean, and without gradient that of every target (B, T).
+        """
+        c, flat = self.config, (x.flatten(0, 1), self.head_weight, targets.flatten())
+        mean, losses = mean_and_losses(*flat, c.vocab_size, c.softcap, shared)
+        return mean, losses.view(targets.shape)
 
 
 class Block(nn.Module):

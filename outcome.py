@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed import World, sum_over_ranks
+from distributed import World, gather_over_ranks, sum_over_ranks
 
 
 @dataclass
@@ -24,6 +24,8 @@ class Outcome:
     facts: Tensor
     arrived: torch.cuda.Event | None
     world_size: int
+    # The losses of the update's windows in their order, float32 (G,), where they are asked for.
+    window_losses: Tensor | None = None
 
     def read(self) -> tuple[float, float, bool]:
         """Wait for the figures and return them: loss in nats a token, norm, request to stop."""
@@ -33,22 +35,31 @@ class Outcome:
         return total / self.world_size, norm, asked > 0
 
 
-def outcome(step: int, losses: Tensor, norm: Tensor, asked: bool, world: World) -> Outcome:
+def outcome(
+    step: int,
+    losses: Tensor,
+    norm: Tensor,
+    asked: bool,
+    world: World,
+    window_losses: Tensor | None = None,
+) -> Outcome:
     """Add up the losses and requests of all processes and send them to the host, waiting for none.
 
-    One message carries all.
+    One message carries all but `window_losses`, this rank's, if given.
     """
+    if window_losses is not None:
+        window_losses = gather_over_ranks(window_losses).flatten()
     # Filled on the device: a number copied there from the host would be waited for.
     request = torch.full((), float(asked), device=losses.device)
     facts = torch.stack([losses.mean(), request, norm])
     sum_over_ranks(facts[:2])
     if losses.device.type != "cuda":
-        return Outcome(step, losses, facts, None, world.size)
+        return Outcome(step, losses, facts, None, world.size, window_losses)
     host = torch.empty(3, pin_memory=True)
     host.copy_(facts, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return Outcome(step, losses, host, arrived, world.size)
+    return Outcome(step, losses, host, arrived, world.size, window_losses)
 
 
 def updates_behind(device: torch.device, dtype: torch.dtype) -> int:

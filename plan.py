@@ -31,6 +31,7 @@ from memory import (
     optimizer_state,
     padded_parameters,
 )
+from rows import training_windows
 
 # What is assumed where nothing is said.
 GPU_COUNT, GPU_COUNTS = 8, {"nano": 1}
@@ -111,8 +112,7 @@ def with_updates(config: Config, manifest: Manifest | None) -> Config:
     train = config.train
     if manifest is not None:
         config = replace(config, {"model.vocab_size": manifest.vocab_size})
-        windows = (manifest.tokens("train") - 1) // config.model.block_size
-        return replace(config, {"train.updates": total_updates(config, windows)})
+        return replace(config, {"train.updates": total_updates(config, training_windows(config))})
     if train.updates is None and train.epochs is not None:
         raise UserError(
             f"How many updates {train.epochs:g} epochs are depends on the data '{config.data}', "

@@ -12,6 +12,8 @@ from config import (
 )
 from counts import flops_per_token, parameter_count
 from manifests import find_data, read_manifest
+from rows import PaddedRows, training_windows
+from shards import TokenStream
 
 if TYPE_CHECKING:
     from distributed import World
@@ -33,7 +35,7 @@ def summary(config: Config, run: Path, world: "World") -> str:
     model, train = config.model, config.train
     manifest = read_manifest(find_data(config.data))
     train_tokens, size = manifest.tokens("train"), windows_per_update(config)
-    windows = (train_tokens - 1) // model.block_size
+    windows = training_windows(config)
     per_epoch = windows // size
     tokens = train.updates * train.tokens_per_update
     dtype = str(pick_dtype(train.dtype, world.device)).removeprefix("torch.")
@@ -45,7 +47,7 @@ def summary(config: Config, run: Path, world: "World") -> str:
         f"{model.n_head} heads, width {model.n_embd}, context {model.block_size}, "
         f"vocabulary {model.vocab_size:,}{parts(model)}",
         "data": f"{config.data}: {train_tokens:,} training and {manifest.tokens('val'):,} "
-        f"validation tokens, {train.order.replace('_', ' ')}",
+        f"validation tokens, {train.order.replace('_', ' ')}{padding(config)}",
         "updates": f"{train.updates:,} of {train.tokens_per_update:,} tokens, "
         f"{tokens:,} in all{end}: "
         f"{train.updates / per_epoch:.2f} epochs of {per_epoch:,} updates "
@@ -56,6 +58,15 @@ def summary(config: Config, run: Path, world: "World") -> str:
         "continue": f"{resume_command(config)}   (after an interruption)",
     }
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items()) + "\n"
+
+
+def padding(config: Config) -> str:
+    """Return how much of the windows is text, where they have padding."""
+    if config.train.rows == "packed":
+        return ""
+    stream = TokenStream(find_data(config.data), "train")
+    filled = PaddedRows(stream, config.model.block_size).filled
+    return f", a document a window ({filled:.0%} text, the rest padding)"
 
 
 def parts(model: ModelConfig) -> str:

@@ -23,7 +23,7 @@ import logs
 from all_reduce import check_all_reduce
 from attention import attention_by
 from command_line import run_script
-from config import Config, UserError
+from config import Config, UserError, accumulation_steps
 from devices import autocast
 from distributed import (
     World,
@@ -31,7 +31,7 @@ from distributed import (
     join_world,
 )
 from files import write_atomically
-from fineweb import training_batches
+from fineweb import inputs_and_targets, training_batches
 from measuring import NOTHING, measure, save_unmeasured, what_is_due
 from optim import lr_at, set_rates
 from orders import update_windows
@@ -39,6 +39,7 @@ from outcome import Outcome, outcome
 from sharding import whole
 from signals import stop_requests
 from trainer import Trainer, begin
+from window_losses import append as append_window_losses
 
 
 def train(
@@ -104,12 +105,13 @@ def update(trainer: Trainer, windows: Tensor, step: int) -> None:
     """
     config, scale = trainer.config, trainer.loss_scale
     set_rates(trainer.optimizers, step, trainer.total, config.optim)
-    losses = accumulate_gradients(trainer, windows, step)
+    losses, window_losses = accumulate_gradients(trainer, windows, step)
     if scale is not None:
         scale.unscale(trainer.model)
     clip = config.optim.grad_clip or math.inf
     norm = whole(nn.utils.clip_grad_norm_(trainer.model.parameters(), clip))
-    found = outcome(step, losses, norm, trainer.asked.is_set(), trainer.world)
+    asked = trainer.asked.is_set()
+    found = outcome(step, losses, norm, asked, trainer.world, window_losses)
     trainer.outcomes.append(found)
     takes_step = trainer.updates_behind > 0 or _may_step(trainer, found)
     for optimizer in trainer.optimizers:
@@ -151,18 +153,26 @@ def settle(trainer: Trainer, behind: int = 0) -> None:
         loss, norm, asked = found.read()
         # The processes have agreed on it; one update more changes nothing about that.
         trainer.stopping = trainer.stopping or asked
+        if found.window_losses is not None and trainer.world.is_main:
+            windows = update_windows(trainer.config, found.step, len(trainer.data))
+            append_window_losses(
+                trainer.run, found.step, windows, found.window_losses.cpu().numpy()
+            )
         record_update(trainer, found.step, loss, norm)
 
 
-def accumulate_gradients(trainer: Trainer, windows: Tensor, step: int) -> Tensor:
+def accumulate_gradients(
+    trainer: Trainer, windows: Tensor, step: int
+) -> tuple[Tensor, Tensor | None]:
     """Add up the gradients of update `step`, averaged over all ranks' windows.
 
-    Returns the mean loss of each of this rank's micro-batches, on the device.
+    Returns the mean loss of each of this rank's micro-batches, on the device, weighed by tokens,
+    and that of each window if the run keeps it.
     """
     config, forward, world = trainer.config, trainer.parallel, trainer.world
     micro_batches = windows.split(config.train.micro_batch)
     factor = trainer.loss_scale.factor if trainer.loss_scale else 1.0
-    losses = []
+    weights, losses, window_losses = micro_batch_weights(trainer, step), [], []
     for i, batch in enumerate(micro_batches):
         _seed_dropout(config, step, world.rank * len(windows) + i * config.train.micro_batch)
         # Gradients are averaged over ranks only with the last micro-batch; DDP decides that in the
@@ -171,11 +181,28 @@ def accumulate_gradients(trainer: Trainer, windows: Tensor, step: int) -> Tensor
         waits = ddp and i < len(micro_batches) - 1
         with forward.no_sync() if waits else contextlib.nullcontext():
             with autocast(world.device, trainer.dtype):
-                _, mean = forward(batch[:, :-1], batch[:, 1:])
-            # All micro-batches have as many tokens, so this adds up to the mean over all of them.
+                by_window, mean = forward(*inputs_and_targets(batch))
+            # This adds up to the mean over all tokens of the update.
+            mean = mean * weights[i]
             (mean / len(micro_batches) * factor).backward()
         losses.append(mean.detach())
-    return torch.stack(losses)
+        window_losses.append(by_window)
+    return torch.stack(losses), torch.cat(window_losses) if by_window is not None else None
+
+
+def micro_batch_weights(trainer: Trainer, step: int) -> list[float]:
+    """Return what this rank's micro-batches of update `step` weigh, 1 on average over all ranks.
+
+    All have as many tokens, unless windows have padding.
+    """
+    config, data, world = trainer.config, trainer.data, trainer.world
+    size = config.train.micro_batch
+    mine = accumulation_steps(config, world.size)
+    if data.padded is None:
+        return [1.0] * mine
+    _, counts = data.padded.places(update_windows(config, step, len(data)))
+    tokens = counts.reshape(-1, size).sum(axis=1)
+    return (tokens / tokens.mean())[world.rank * mine : (world.rank + 1) * mine].tolist()
 
 
 def _not_finite(trainer: Trainer, found: Outcome) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 import checkpoint
 import logs
+import window_losses
 from attention import choose_attention
 from config import Config, UserError, accumulation_steps, identity_digest, last_update
 from counts import flops_per_token
@@ -93,9 +94,9 @@ def begin(
     """
     dtype = pick_dtype(config.train.dtype, world.device)
     directory = find_data(config.data)
-    train_data, val_data = (
-        FineWebEdu(directory, split, config.model.block_size) for split in ("train", "val")
-    )
+    train_data = FineWebEdu(directory, "train", config.model.block_size, config.train.rows)
+    # Whatever is trained on, validation reads the same windows.
+    val_data = FineWebEdu(directory, "val", config.model.block_size)
     state = {"step": 0, "seconds": 0.0}
     if resumed is not None:
         state = checkpoint.read_state(resumed)
@@ -152,6 +153,7 @@ def _build(
     torch.manual_seed(train.seed)
     model = build_model(config.model)
     model.gradient_checkpointing = train.gradient_checkpointing
+    model.gives_window_losses = train.log_window_losses
     if resumed is not None:
         checkpoint.load_model(resumed, model)
     compiled = model
@@ -181,6 +183,7 @@ def _tidy(config: Config, run: Path, start: int, measured: bool) -> None:
     checkpoint.remove_leftovers(run)
     checkpoint.prune(run, config.train.keep_checkpoints, start)
     logs.rewind(run, start, measured)
+    window_losses.rewind(run, start)
 
 
 def _check_same_run(path: Path, state: dict[str, Any], config: Config, directory: Path) -> None:
