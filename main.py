@@ -62,6 +62,9 @@ class Arguments:
     """Directory of token shards, or its name under data/; the recipe's own by default."""
     name: str = ""
     """Name of the run directory; recipe and size by default."""
+    init: str = ""
+    """Begin with the weights of a run, a checkpoint, gpt2[-medium|-large|-xl], or a directory of
+    transformers, which also gives the model its shape."""
     resume: str = ""
     """Continue this run from its config.json and newest intact checkpoint."""
     auto_resume: bool = False
@@ -167,8 +170,19 @@ def new_config(args: list[str] | None, first: Arguments) -> Config:
     `first` is what `args` say without the defaults that their recipe and size imply.
     """
     base = recipes.build(first.recipe or "gpt2", first.size or None)
-    config = _override(args, first, base)
-    config = replace(config, {"name": first.name or f"{config.recipe}-{config.size}"})
+    name = f"{base.recipe}-{base.size}"
+    if first.init:
+        # torch, which this needs, takes seconds to import.
+        import start
+
+        base = replace(base, {"train.runs_dir": first.train.runs_dir})
+        base = start.with_shape_of(first.init, base, first.size)
+        config = _override(args, first, base)
+        start.check_typed(config, base)
+        name = f"{base.recipe}-{base.size}-from-{Path(first.init).name}"
+    else:
+        config = _override(args, first, base)
+    config = replace(config, {"name": first.name or name})
     if Path(config.name).name != config.name or config.name.startswith("."):
         raise UserError(f"--name {config.name} is not a plain name; --train.runs-dir says where.")
     return config
@@ -177,7 +191,7 @@ def new_config(args: list[str] | None, first: Arguments) -> Config:
 def _continue(args: list[str] | None, first: Arguments, run: Path) -> Job:
     """Return the job that continues `run`; raises UserError if what is typed would change it."""
     stored = read_config(run)
-    given = {name: getattr(first, name) for name in ("recipe", "size", "data")}
+    given = {name: getattr(first, name) for name in ("recipe", "size", "data", "init")}
     config = replace(_override(args, first, stored), {n: v for n, v in given.items() if v})
     changed = changed_identity(stored, config)
     if changed:
@@ -210,6 +224,11 @@ def _with_defaults(first: Arguments, base: Config) -> Arguments:
 def complete_config(config: Config) -> Config:
     """Return the config with what its data decides: vocabulary and number of updates."""
     manifest = read_manifest(find_data(config.data))
+    if config.init and manifest.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"{config.data} has a vocabulary of {manifest.vocab_size} ids, but {config.init} one "
+            f"of {config.model.vocab_size}; prepare the data with its tokenizer."
+        )
     config = replace(config, {"model.vocab_size": manifest.vocab_size})
     return replace(config, {"train.updates": total_updates(config, training_windows(config))})
 
@@ -267,6 +286,10 @@ def _prepare_data(job: Job) -> None:
     for split in ("train", "val"):
         # Damage shows here, before there is a run directory.
         TokenStream(directory, split)
+    if config.init and not job.resumes:
+        import start
+
+        start.check_data(config)
     if job.verifies:
         print(verify_data(directory), flush=True)
     if config.train.order == "shuffle_documents" or config.train.rows == "padded":

@@ -27,6 +27,7 @@ from optim import build_optimizers
 from outcome import Outcome, updates_behind
 from scoring import Scorer
 from sharding import is_shared, shard
+from start import load_start
 from tqdm_bars import TrainingBar
 
 # What state.json says of the model; its scores are by benchmark, each with the step they are of.
@@ -156,6 +157,8 @@ def _build(
     model.gives_window_losses = train.log_window_losses
     if resumed is not None:
         checkpoint.load_model(resumed, model)
+    elif config.init:
+        load_start(config, model)
     compiled = model
     if train.parallel == "fsdp" and world.size > 1:
         shard(model, train.compile, world)

@@ -31,7 +31,7 @@ ORDER = (
     *("devices", "roll_call", "distributed", "all_reduce", "attention", "lean", "cross_entropy"),
     *("model", "modern", "sharding", "muon", "optim", "loss_scale", "micro_batch", "outcome"),
     *("fineweb", "checkpoint", "hf", "decoder", "generate", "sample", "scoring", "evaluation"),
-    *("in_loop_evals", "trainer", "measuring", "train"),
+    *("in_loop_evals", "start", "trainer", "measuring", "train"),
     *("lm_eval_adapter", "evaluate", "results", "summary", "main", "arms", "experiments"),
 )
 WITHOUT_TORCH = (*ORDER[: ORDER.index("devices")], *ORDER[ORDER.index("results") :])
