@@ -50,7 +50,7 @@ def draw(runs: list[Run]) -> list[Path]:
         figure.suptitle(_title(runs), fontsize=12, fontweight="bold")
         left, right = figure.subplots(1, 2)
         _draw_losses(left, runs)
-        (_draw_scores if any(map(_shares, runs)) else _draw_gradients)(right, runs)
+        (_draw_scores if any(map(shares, runs)) else _draw_gradients)(right, runs)
         for axes in (left, right):
             axes.set_xlabel("update")
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -97,7 +97,7 @@ def _draw_losses(axes: Any, runs: list[Run]) -> None:
             curve.set_label(f"validation loss, least {least(validation)}")
     if len(runs) > 1:
         axes.plot([], [], "o", color=GREY, label="validation loss")
-    if _comparable(runs):
+    if comparable(runs):
         label = f"published: OpenAI GPT-2 124M, {LOSS_BASELINE}"
         axes.axhline(LOSS_BASELINE, label=label, **RULES[0])
     axes.set(title="Loss", ylabel="loss (nats a token)")
@@ -112,7 +112,7 @@ def _limit_losses(axes: Any, runs: list[Run]) -> None:
     if not losses:
         return
     low, high = min(map(np.min, losses)), max(map(np.max, losses))
-    low = min(low, LOSS_BASELINE) if _comparable(runs) else low
+    low = min(low, LOSS_BASELINE) if comparable(runs) else low
     usual = max(np.quantile(values, 0.98) for values in losses[: len(runs)])
     if high - low > 2.5 * (usual - low) > 0:
         axes.set_title(f"Loss (its peak of {high:.1f} is above the panel)")
@@ -141,9 +141,9 @@ def _draw_gradients(axes: Any, runs: list[Run]) -> None:
 def _draw_scores(axes: Any, runs: list[Run]) -> None:
     """Shares of right answers: a colour a score, or a colour a run where there are several."""
     alone = len(runs) == 1
-    names = list(dict.fromkeys(name for run in runs for name in _shares(run)))
+    names = list(dict.fromkeys(name for run in runs for name in shares(run)))
     for i, run in enumerate(runs):
-        for name, score in _shares(run).items():
+        for name, score in shares(run).items():
             j = names.index(name)
             color, dashes = (color_of(j), "-") if alone else (color_of(i), STYLES[j % 4])
             label = " ".join(name) if alone else f"{run.name}: {' '.join(name)}"
@@ -152,7 +152,7 @@ def _draw_scores(axes: Any, runs: list[Run]) -> None:
             axes.fill_between(score.steps, *band, color=color, alpha=0.2, linewidth=0)
             (curve,) = axes.plot(score.steps, values, color=color, linestyle=dashes, label=label)
             mark(curve, MARKERS[j % 4])
-    for name in names if _comparable(runs) and _complete(runs) else ():
+    for name in names if comparable(runs) and complete(runs) else ():
         for (label, low, high), rule in zip(SCORE_BASELINES.get(name, ()), RULES, strict=False):
             axes.axhspan(low, high, color="black", alpha=0.25, linewidth=0)
             axes.axhline(high, label=label, **rule)
@@ -160,7 +160,7 @@ def _draw_scores(axes: Any, runs: list[Run]) -> None:
     _legend(axes, axes)
 
 
-def _shares(run: Run) -> dict[tuple[str, str], Points]:
+def shares(run: Run) -> dict[tuple[str, str], Points]:
     """Return the one score drawn of each task: acc_norm where there is one, or acc, or the first.
 
     A task's other metrics mostly run beside it; the table has them all.
@@ -175,7 +175,7 @@ def _shares(run: Run) -> dict[tuple[str, str], Points]:
     return chosen
 
 
-def _complete(runs: list[Run]) -> bool:
+def complete(runs: list[Run]) -> bool:
     """Say whether every score that published figures stand beside is of all the examples."""
     return all(
         line.get("examples") == BASELINE_EXAMPLES[line["task"]]
@@ -185,7 +185,7 @@ def _complete(runs: list[Run]) -> bool:
     )
 
 
-def _comparable(runs: list[Run]) -> bool:
+def comparable(runs: list[Run]) -> bool:
     """Say whether the published figures were measured on what all these runs read."""
     return all(run.data == BASELINE_DATA for run in runs)
 

@@ -115,7 +115,8 @@ def rewind(run: Path, step: int, measured: bool = True) -> None:
         kept = [line for line in lines if _belongs(line, step, last_measured)]
         write_atomically(metrics, "".join(kept).encode())
     if samples.exists():
-        text = samples.read_text(encoding="utf-8", errors="replace")
+        # A text may hold characters that would be read as ends of lines.
+        text = samples.read_bytes().decode("utf-8", errors="replace")
         # A heading that was cut off could be taken for that of an earlier step.
         text = re.sub(r"(?m)^#.*\Z", "", text)
         sections = re.split(r"(?m)^(?=## Step \d+$)", text)

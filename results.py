@@ -1,6 +1,8 @@
-"""What came of a run: the figure, the table and some text.
+"""What came of a run: the figure, the table and some text, or a page for a browser.
 
-    python results.py [RUN ...]         # the newest run under runs/ unless some are named
+    python results.py [RUN ...]             # the newest run under runs/ unless some are named
+    python results.py RUN --report          # instead: all of a run as one page, report.py
+    python results.py RUN RUN --compare     # instead: runs side by side as one page
 
 One run is drawn into its own `figures/results.png` and `.svg`; several are laid over each other in
 `figures/overlay.png` and `.svg` of the first. Everything comes from `config.json` and
@@ -30,6 +32,7 @@ from metrics import (
     scores,
     short,
 )
+from report import write_comparison, write_report
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Options:
     """Directory that holds the run directories."""
     samples: int = 1
     """Texts sampled from each prompt; 0 samples nothing and does not load torch."""
+    report: bool = False
+    """Write each run's figures/report.html instead: all of it as one page for a browser."""
+    compare: bool = False
+    """Write the first run's figures/comparison.html instead: all runs on one page."""
+    passage: str = ""
+    """Text or file whose loss the report shows token by token; by default validation text."""
 
 
 def main() -> None:
@@ -49,9 +58,27 @@ def main() -> None:
     options = parse(Options)
     names = options.runs or [str(newest_run(options.runs_dir))]
     # A run named twice is one run.
-    report(
-        [run_directory(name, options.runs_dir) for name in dict.fromkeys(names)], options.samples
-    )
+    directories = [run_directory(name, options.runs_dir) for name in dict.fromkeys(names)]
+    if options.report or options.compare:
+        write_pages(directories, options)
+    elif options.passage:
+        raise UserError("--passage is for the page that --report writes; add --report.")
+    else:
+        report(directories, options.samples)
+
+
+def write_pages(directories: list[Path], options: Options) -> None:
+    """Write the pages that the options ask for, and print where they are."""
+    if options.compare and len(directories) < 2:
+        raise UserError("--compare needs two runs or more; name them, or take --report for one.")
+    if options.passage and not options.report:
+        raise UserError("--passage is for the page that --report writes; add --report.")
+    if options.report:
+        for directory in directories:
+            path = write_report(directory, options.passage, loads_model=options.samples > 0)
+            print(f"Report: {path}")
+    if options.compare:
+        print(f"Comparison: {write_comparison(directories)}")
 
 
 def report(directories: list[Path], samples: int = 1) -> None:

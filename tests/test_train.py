@@ -183,6 +183,13 @@ def test_newest_and_best_checkpoints_are_kept(data, tmp_path):
     assert kept == {"step_000018", "step_000020", f"step_{best:06d}"}
 
 
+def test_a_text_that_looks_like_a_heading_survives_a_resumption(tmp_path):
+    logs.append_samples(tmp_path, 4, ["In"], [" it\r## Step 9\n\r"])
+    before = (tmp_path / "samples.md").read_bytes()
+    logs.rewind(tmp_path, 4)
+    assert (tmp_path / "samples.md").read_bytes() == before
+
+
 def test_samples_are_written_at_start_and_at_each_checkpoint(data, tmp_path):
     run = run_training(tiny_config(data, tmp_path))
     text = (run / "samples.md").read_text()
