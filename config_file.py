@@ -6,7 +6,7 @@ import typing
 from typing import Any, Literal
 
 from checks import validate
-from config import Config, UserError
+from config import Config, ModelConfig, UserError, replace
 
 
 def to_json(config: Config) -> str:
@@ -26,6 +26,14 @@ def from_json(text: str, where: str = "config.json") -> Config:
     config = _build(Config, raw, where, "")
     validate(config)
     return config
+
+
+def model_from_json(raw: Any, where: str) -> ModelConfig:
+    """Return the `ModelConfig` in a JSON object, checked in the same way."""
+    model = _build(ModelConfig, raw, where, "model.")
+    # Whatever its windows are, they are to fill an update; that is no question here.
+    validate(replace(Config(model=model), {"train.tokens_per_update": model.block_size}))
+    return model
 
 
 def _build(cls: type, raw: Any, where: str, prefix: str) -> Any:

@@ -43,7 +43,7 @@ class Options:
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|HF_NAME ...")
     ]
-    """Runs, checkpoint directories, gpt2[-medium|-large|-xl], or directories of transformers."""
+    """Runs, checkpoints, gpt2[-medium|-large|-xl], directories of transformers, or OWNER/NAME."""
     tasks: tuple[str, ...] = ("hellaswag", "lambada", "cbt", "wikitext")
     """hellaswag[-cleaned|-train|-test], lambada[-standard], cbt[-detokenized|-verbs|-prepositions],
     wikitext[-valid|-103|-103-valid]."""
@@ -141,7 +141,9 @@ def identify(source: str, runs_dir: str) -> Source:
     """Return where a model's results belong; raises UserError when there is no such model."""
     found = find(source, runs_dir)
     if isinstance(found, str):
-        return Source(source, source, Path(runs_dir) / f"evals-{source}.json", source)
+        # A repository's name has a slash in it.
+        file = f"evals-{source.replace('/', '--')}.json"
+        return Source(source, source, Path(runs_dir) / file, source)
     if (found / "state.json").is_file():
         run = found.resolve().parent.parent
         label = f"{run.name} {found.name}"

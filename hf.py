@@ -1,181 +1,175 @@
-"""Weights from Hugging Face: OpenAI's GPT-2, or anything of exactly its architecture, into our GPT.
+"""Models to Hugging Face's transformers, and data directories to its hub.
 
-    load_gpt2("gpt2") -> GPT        from the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl
-    load_gpt2("some/dir") -> GPT    a directory written by transformers' save_pretrained
+    python hf.py RUN|CHECKPOINT|HF_NAME|DIR [--out DIR] [--push REPO] [--private]
+    python hf.py DATA_DIR --push REPO
+    python hf.py DIR|FILE --out NEW --read-pickle
 
-The two implementations name their parameters alike. transformers stores its four matrices a block
-as [in, out] (its Conv1D) where nn.Linear has [out, in], so those are transposed on the way.
-Weights are read as safetensors, with no need of transformers; a pickle can run code and is never
-loaded.
+A checkpoint becomes a directory that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer`
+open, and that sample.py and evaluate.py read like a run. A model of transformers, or of the hub, is
+converted to the same form; with --read-pickle also one whose weights are a pickle.
 """
 
-import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+import tyro
 
-from config import ModelConfig, UserError
+import checkpoint
+import hf_import
+import hub
+from command_line import parse, run_script
+from config import UserError
+from counts import parameter_count
+from evaluate import identify, read_evals
+from hf_card import Training, model_card
+from hf_configs import OWN, Saved, architecture_of
+from hf_export import check_replaceable, write_export
+from logs import read_config
+from manifests import MANIFEST, Manifest, find_data, manifest_digest, read_manifest
 from model import GPT
+from sample import find, load, tokenizer_of
+from tokenizer import Tokenizer
 
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-WEIGHTS = "model.safetensors"
-
-# Matrices that transformers keeps as [in, out].
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-# Values of config.json that our GPT computes with; the first is what transformers assumes when a
-# key is absent. gelu_new and gelu_pytorch_tanh are two names of one function.
-ARCHITECTURE = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "tie_word_embeddings": (True,),
-    "add_cross_attention": (False,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-}
+EXPORTS = Path("exports")
 
 
-def is_saved_model(directory: Path) -> bool:
-    """Say whether a directory holds a model of transformers, by its config.json."""
-    try:
-        text = (directory / "config.json").read_text(encoding="utf-8")
-        return "model_type" in json.loads(text)
-    except (OSError, ValueError, TypeError):
-        return False
+@dataclass(frozen=True)
+class Options:
+    """Export a model for transformers, or publish it or a data directory on the hub."""
+
+    source: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|HF_NAME|DIR|DATA_DIR")
+    ]
+    """A run, a checkpoint, gpt2, OWNER/NAME of the hub, a directory of transformers, or shards."""
+    out: Path | None = None
+    """Directory to write; by default exports/NAME-step."""
+    push: str | None = None
+    """Repository of the hub, OWNER/NAME, to publish it in; it is made if there is none."""
+    private: bool = False
+    """Make that repository a private one."""
+    read_pickle: bool = False
+    """Read weights that are only there as a pickle: its tensors, and nothing else in it."""
+    runs_dir: str = "runs"
+    """Directory that holds the run directories."""
 
 
-def load_gpt2(name_or_dir: str) -> GPT:
-    """Return the GPT, float32 on the CPU, of a name in HUB_NAMES or a save_pretrained directory.
+@dataclass(frozen=True)
+class Exportable:
+    """A model and all that an export says of it."""
 
-    Its dropout is 0, whatever the model was trained with. Raises UserError for a model that is not
-    there, cannot be downloaded, is of another architecture, or is not stored as safetensors.
-    """
-    directory = Path(name_or_dir)
-    if not directory.is_dir():
-        directory = _download(name_or_dir)
-    config = _read_config(directory)
-    # Built without memory first: initial weights would only be drawn to be overwritten.
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device="cpu")
-    try:
-        model.load_state_dict(state_dict_from_transformers(_read_weights(directory), config))
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"The weights in {directory} do not fit its config: {reason}") from None
-    return model
+    name: str
+    model: GPT
+    saved: Saved
+    # None where its tokens are not those of a tokenizer of ours.
+    tokenizer: Tokenizer | None
+    training: Training | None = None
+    # That of the directory it was read from, where it says more than we know.
+    card: str | None = None
 
 
-def state_dict_from_transformers(
-    state_dict: dict[str, Tensor], config: ModelConfig
-) -> dict[str, Tensor]:
-    """Return our GPT's state dict from that of transformers' GPT2LMHeadModel or GPT2Model.
-
-    Tensors are views where they can be. The head is dropped, being the token embedding once more,
-    as are the causal masks that old versions saved; the embedding gets zero rows up to
-    `config.padded_vocab_size`.
-    """
-    ours = {}
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("transformer.")
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        ours[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
-    wte = ours["wte.weight"]
-    padding = wte.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
-    return {**ours, "wte.weight": torch.cat([wte, padding])}
-
-
-def _read_config(directory: Path) -> ModelConfig:
-    """Return the sizes in a model's config.json; raises UserError unless the rest is GPT-2's."""
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw["model_type"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a model's config.json ({error!r}).") from None
-    if kind != "gpt2":
-        raise UserError(f"{directory} holds a {kind} model; only gpt2 models can be loaded.")
-    for key, allowed in ARCHITECTURE.items():
-        _require(raw.get(key, allowed[0]) in allowed, path, key, raw.get(key), allowed[0])
-    sizes = {key: raw.get(key) for key in ("n_layer", "n_head", "n_embd", "n_positions")}
-    sizes["vocab_size"] = raw.get("vocab_size")
-    for key, value in sizes.items():
-        _require(type(value) is int and value >= 1, path, key, value, "a whole number")
-    width, heads = sizes["n_embd"], sizes["n_head"]
-    _require(width % heads == 0, path, "n_embd", width, f"a multiple of n_head {heads}")
-    _require(
-        raw.get("n_inner") in (None, 4 * width), path, "n_inner", raw.get("n_inner"), 4 * width
-    )
-    return ModelConfig(block_size=sizes.pop("n_positions"), **sizes)
+def main() -> None:
+    """Export what the command line names, or publish it, and say how it is opened."""
+    options = parse(Options)
+    path = Path(options.source)
+    if (path / MANIFEST).is_file():
+        publish_data(path, options)
+        return
+    if options.read_pickle:
+        if options.out is None:
+            raise UserError("--read-pickle converts into a new directory; name it with --out.")
+        made = from_transformers(options.source, read_pickle=True)
+    else:
+        made = collect(options.source, options.runs_dir)
+    out = options.out or EXPORTS / made.name
+    check_replaceable(out)
+    card = made.card or model_card(made.name, made.saved, made.training)
+    write_export(out, made.model, made.saved, made.tokenizer, card)
+    print(description(out, made))
+    if options.push is not None:
+        print(f"Published as {hub.push(out, options.push, 'model', options.private)}")
 
 
-def _require(condition: bool, path: Path, key: str, value: Any, wanted: Any) -> None:
-    if not condition:
+def publish_data(directory: Path, options: Options) -> None:
+    """Publish a data directory, and say how it is fetched; raises UserError without --push."""
+    if options.push is None:
         raise UserError(
-            f"{path} describes another architecture than GPT-2's: "
-            f"{key} is {value!r} where this model has {wanted!r}."
+            f"{directory} is a directory of token shards; add --push OWNER/NAME to publish it."
         )
+    print(f"Published as {hub.push_shards(directory, options.push, options.private)}")
+    print(f"Fetch it with `python load_fineweb.py --source shards:{options.push}`.")
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    """Return every tensor of a directory's safetensors file, or of the files its index names."""
-    index = directory / f"{WEIGHTS}.index.json"
+def collect(source: str, runs_dir: str) -> Exportable:
+    """Return a model by any of its names; raises UserError when there is no such model."""
+    found = find(source, runs_dir)
+    if isinstance(found, Path) and not hf_import.is_saved_model(found):
+        return from_checkpoint(found, runs_dir)
+    return from_transformers(str(found))
+
+
+def from_checkpoint(path: Path, runs_dir: str) -> Exportable:
+    """Return the model of a checkpoint, and what is known of its training."""
+    model, tokenizer, begins_with_eot = load(str(path), runs_dir)
+    run, state = path.resolve().parent.parent, checkpoint.read_state(path)
+    config = read_config(run)
+    alphabet = getattr(tokenizer, "alphabet", None)
+    saved = Saved(
+        model.config,
+        begins_with_eot,
+        {"name": tokenizer.name, "alphabet": alphabet},
+        config.recipe,
+        state["step"],
+    )
+    source = identify(str(path), runs_dir)
+    evals = read_evals(source).get(source.key, {})
+    manifest = training_data(config.data, state.get("data_manifest_sha256"))
+    training = Training(config, state, evals, manifest)
+    return Exportable(f"{run.name}-{path.name}", model, saved, tokenizer, training)
+
+
+def training_data(data: str, digest: str | None) -> Manifest | None:
+    """Return the manifest of a run's data, or None when that is not here, or is another now."""
     try:
-        files = [WEIGHTS]
-        if not (directory / WEIGHTS).exists() and index.exists():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        tensors = {}
-        for file in files:
-            tensors.update(load_file(directory / file))
-        return tensors
-    except FileNotFoundError as error:
-        raise UserError(_missing_weights(directory, Path(error.filename or WEIGHTS).name)) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"The weights in {directory} are damaged ({error}).") from None
+        directory = find_data(data)
+        return read_manifest(directory) if manifest_digest(directory) == digest else None
+    except UserError:
+        return None
 
 
-def _missing_weights(directory: Path, file: str) -> str:
-    pickles = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
-    if not pickles:
-        return f"{directory} holds no {file}, so there are no weights to load."
+def from_transformers(source: str, read_pickle: bool = False) -> Exportable:
+    """Return a model of transformers, by its directory or its name on the hub, to be converted."""
+    path = Path(source)
+    if not path.exists():
+        # A hub model is fetched once, and read from where it lies.
+        path = hf_import.find_directory(source)
+    directory = path.parent if path.is_file() else path
+    model, saved = hf_import.load(str(path), read_pickle)
+    try:
+        tokenizer = tokenizer_of(saved, source, directory)
+    except UserError as error:
+        print(f"Without a tokenizer: {error}", file=sys.stderr)
+        tokenizer = None
+    named = Path(source).parent if Path(source).is_file() else Path(source)
+    name = named.resolve().name
+    card = None
+    if saved.tokenizer is not None and (directory / "README.md").is_file():
+        card = (directory / "README.md").read_text(encoding="utf-8", errors="replace")
+    return Exportable(name, model, saved, tokenizer, card=card)
+
+
+def description(out: Path, made: Exportable) -> str:
+    """Return what was written, and how it is opened in transformers and here."""
+    kind = architecture_of(made.saved.model)
+    trust = ", trust_remote_code=True" if kind == OWN else ""
+    named = f"a {kind} of transformers" if kind != OWN else "a model with its own modeling file"
     return (
-        f"{directory} holds its weights only as a pickle ({pickles[0]}), which is never loaded "
-        f"because it can run code; save it again with save_pretrained, which writes {WEIGHTS}."
+        f"{out}: {named}, {parameter_count(made.saved.model):,} parameters.\n"
+        f'Open it with AutoModelForCausalLM.from_pretrained("{out}"{trust}), or here with '
+        f"`python sample.py {out} --prompt TEXT`."
     )
 
 
-def _download(name: str) -> Path:
-    """Return the directory of a hub model's files, from the local cache when they are there."""
-    if name not in HUB_NAMES:
-        raise UserError(
-            f"There is no model '{name}': neither a directory saved by transformers "
-            f"nor one of {', '.join(HUB_NAMES)}."
-        )
-    from huggingface_hub import model_info, snapshot_download
-
-    files = ["config.json", WEIGHTS]
-    try:
-        cached = Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
-        if all((cached / file).exists() for file in files):
-            return cached
-    except OSError:
-        # Nothing of it is cached yet.
-        pass
-    try:
-        # The download itself would wait without limit for a network that swallows its packets.
-        model_info(name, timeout=10)
-        return Path(snapshot_download(name, allow_patterns=files))
-    # Its error classes differ between versions of the client; for the reader they are all one.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise UserError(
-            f"'{name}' is not in the local Hugging Face cache, "
-            f"and it could not be downloaded ({reason})."
-        ) from None
+if __name__ == "__main__":
+    run_script(main)

@@ -3,6 +3,7 @@
     python load_fineweb.py                                   FineWeb-Edu, 10 billion tokens
     python load_fineweb.py --source pydocs                   Python's documentation, no network
     python load_fineweb.py --source notes/ more.jsonl.gz     your own files
+    python load_fineweb.py --source shards:OWNER/NAME        shards that somebody pushed to the hub
 
 Worker processes read and tokenize the chunks of the source; this process puts their tokens, in the
 source's order, into shards. An interrupted preparation continues after its last complete shard when
@@ -22,6 +23,7 @@ import numpy as np
 
 from chunks import CHUNK_BYTES, Chunk
 from config import UserError
+from hub import fetch_shards, is_repository
 from left_out import LeftOut
 from manifests import DATA_DIR, Manifest
 from preparation import agreed, check_disk, claimed, read_previous, size, token_count, totals
@@ -33,6 +35,8 @@ from workers import cores, tokenized
 from writer import ShardWriter
 
 SHARD_TOKENS = 100_000_000
+# Before the name of a repository that holds token shards.
+READY = "shards:"
 # English text in GPT-2's encoding; only estimates rest on it.
 BYTES_PER_TOKEN = 4.6
 
@@ -42,8 +46,8 @@ class Arguments:
     """Turn documents into token shards."""
 
     source: tuple[str, ...] = ("fineweb-edu",)
-    """fineweb-edu, fineweb, openwebtext, shakespeare, pydocs, or .parquet .jsonl .jsonl.gz .txt
-    files."""
+    """fineweb-edu, fineweb, openwebtext, shakespeare, pydocs, .parquet .jsonl .jsonl.gz .txt files,
+    or shards:OWNER/NAME, ready ones from a repository of the hub (hf.py pushes them)."""
     out: Path | None = None
     """Directory for the shards; data/<source name> by default."""
     subset: str | None = None
@@ -114,6 +118,10 @@ def prepare(
     asked = Arguments(words, out, subset, revision, *numbers, workers)
     _check_numbers(asked)
     say = print if not quiet else lambda line: None
+    if any(word.startswith(READY) for word in words):
+        manifest = _fetch_ready(asked)
+        say(f"{out or _place_of_ready(words[0])} is complete: {totals(manifest)}.")
+        return manifest
     out = out or DATA_DIR / source_name(words, subset)
     found = read_previous(out)
     # The commit that a preparation began with is the one it ends with.
@@ -157,6 +165,24 @@ def _check_numbers(asked: Arguments) -> None:
             f"--min-document-tokens {shortest} is above --max-document-tokens {longest}, "
             "which leaves no document."
         )
+
+
+def _fetch_ready(asked: Arguments) -> Manifest:
+    """Fetch shards that are ready; raises UserError for options that would change them."""
+    free = Arguments(asked.source, asked.out, revision=asked.revision, workers=asked.workers)
+    if len(asked.source) > 1 or asked != free:
+        raise UserError(
+            f"{READY}OWNER/NAME brings shards as they are; leave out other sources, and all "
+            "options but --out and --revision."
+        )
+    repository = asked.source[0].removeprefix(READY)
+    if not is_repository(repository):
+        raise UserError(f"'{repository}' is no repository of the hub; give {READY}OWNER/NAME.")
+    return fetch_shards(repository, asked.revision, asked.out or _place_of_ready(asked.source[0]))
+
+
+def _place_of_ready(source: str) -> Path:
+    return DATA_DIR / source.rpartition("/")[2]
 
 
 def _new_manifest(source: Source, asked: Arguments) -> Manifest:

@@ -25,12 +25,14 @@ import tyro
 from torch import Tensor
 
 import checkpoint
-import hf
+import hf_import
 from command_line import parse, run_script
 from config import UserError
 from decoder import Decoder
 from devices import pick_device, pick_dtype
 from generate import generate
+from hf_configs import Saved
+from hf_tokenizer import check_vocabulary
 from logs import read_config, run_directory
 from model import GPT
 from modern import build_model
@@ -42,7 +44,7 @@ class Options:
     """Write text that continues a prompt."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|HF_NAME")]
-    """A run, a checkpoint directory, gpt2[-medium|-large|-xl], or a directory of transformers."""
+    """A run, a checkpoint, gpt2[-medium|-large|-xl], a directory of transformers, or OWNER/NAME."""
     prompt: str
     """Text to continue; - reads it from standard input, less the newline at its end."""
     n: int = 1
@@ -139,7 +141,7 @@ def load(source: str, runs_dir: str = "runs") -> tuple[GPT, Tokenizer, bool]:
     Raises UserError when there is no such model, as `find` does, or it cannot be read.
     """
     found = find(source, runs_dir)
-    if isinstance(found, Path) and not hf.is_saved_model(found):
+    if isinstance(found, Path) and not hf_import.is_saved_model(found):
         return _load_checkpoint(found)
     return _load_hf(str(found))
 
@@ -151,21 +153,29 @@ def find(source: str, runs_dir: str = "runs") -> Path | str:
     same name. Raises UserError when there is no such model.
     """
     path = Path(source)
-    if (path / "state.json").is_file() or hf.is_saved_model(path):
+    if (path / "state.json").is_file() or hf_import.is_saved_model(path):
         return path
     try:
         run = run_directory(source, runs_dir)
     except UserError as error:
-        if source in hf.HUB_NAMES:
+        if path.is_file():
+            hf_import.refuse_file(path)
+        # The name of a run that is not there should not set out for the network.
+        if source in hf_import.HUB_NAMES or _is_repository(source, runs_dir):
             return source
         raise UserError(
             f"{error} Nor is it a checkpoint, a directory saved by transformers, "
-            f"or one of {', '.join(hf.HUB_NAMES)}."
+            f"or one of {', '.join(hf_import.HUB_NAMES)}."
         ) from None
     newest = checkpoint.newest(run)
     if newest is None:
         raise UserError(f"The run {run} has no complete checkpoint yet.")
     return newest
+
+
+def _is_repository(source: str, runs_dir: str) -> bool:
+    """Say whether `source` may be a repository of the hub, rather than a run that is not there."""
+    return hf_import.names_repository(source) and Path(source).parent != Path(runs_dir)
 
 
 def _load_checkpoint(path: Path) -> tuple[GPT, Tokenizer, bool]:
@@ -178,13 +188,27 @@ def _load_checkpoint(path: Path) -> tuple[GPT, Tokenizer, bool]:
 
 
 def _load_hf(source: str) -> tuple[GPT, Tokenizer, bool]:
-    model, tokenizer = hf.load_gpt2(source), gpt2_tokenizer()
-    if model.config.vocab_size != tokenizer.vocab_size:
+    # A hub model is fetched once, and read from where it lies.
+    directory = hf_import.find_directory(source)
+    model, saved = hf_import.load(str(directory))
+    return model, tokenizer_of(saved, source, directory), saved.begins_with_eot
+
+
+def tokenizer_of(saved: Saved, source: str, directory: Path) -> Tokenizer:
+    """Return the tokenizer of a model of transformers that `source` names, in `directory`.
+
+    That of a model that is not ours is GPT-2's. Raises UserError when it has another vocabulary,
+    so that its tokens cannot be turned into text.
+    """
+    tokenizer = load_tokenizer(**saved.tokenizer) if saved.tokenizer else gpt2_tokenizer()
+    if saved.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"{source} has {model.config.vocab_size} token ids, but GPT-2's tokenizer has "
-            f"{tokenizer.vocab_size}, so its tokens cannot be turned into text."
+            f"{source} has {saved.model.vocab_size} token ids, but its tokenizer, "
+            f"{tokenizer.name}, has {tokenizer.vocab_size}, so its tokens cannot be turned into "
+            "text."
         )
-    return model, tokenizer, False
+    check_vocabulary(directory, tokenizer)
+    return tokenizer
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, begins_with_eot: bool) -> Tensor:

@@ -21,7 +21,7 @@ from bench.record import report, result
 from bench.train_step import Case, Figures, measure, pairs_of, write_tokens
 from config import ModelConfig
 from cross_entropy import IGNORED
-from hf import state_dict_from_transformers
+from hf_layouts import from_transformers
 from model import GPT
 from tests.conftest import ROOT
 from tests.tiny import make_data
@@ -57,7 +57,7 @@ def test_the_loss_of_transformers_is_ours_with_the_same_weights(case):
     theirs = losses("transformers", case)
     model = GPT(MODEL)
     weights = train_step.transformers_model(MODEL).state_dict()
-    model.load_state_dict(state_dict_from_transformers(weights, MODEL))
+    model.load_state_dict(from_transformers(weights, MODEL, "theirs"))
     batch = next(train_step.windows_of(case, CPU))
     # It is given T tokens and predicts all but the first of them.
     targets = batch[:, 1:].clone()

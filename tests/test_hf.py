@@ -1,204 +1,191 @@
-"""Models saved by transformers load here with the same numbers, and nothing else loads at all."""
+"""The command: any model becomes a directory for transformers that says what it is."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import hf
-from config import ModelConfig, UserError
-from sample import generate_text
+import hf_import
+import logs
+from command_line import run_script
+from config import UserError
+from distributed import World
+from manifests import manifest_digest
+from sample import generate_text, load
+from tests.exports import assert_same_weights
+from tests.fake_hub import installed
+from tests.tiny import CHARACTERS, make_data, tiny_config
 from tokenizer import gpt2_tokenizer
+from train import train
 
 transformers = pytest.importorskip("transformers")
 
-PROMPTS = ["Once upon a time", "Die Straße heißt", "\n\n1, 2, 3,"]
-
-
-def build(**changes) -> transformers.GPT2LMHeadModel:
-    """Return a small GPT-2 of transformers, with weights large enough for varied text."""
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 64, **changes}
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return model.eval()
-
 
 @pytest.fixture(scope="module")
-def theirs() -> transformers.GPT2LMHeadModel:
-    return build()
+def run(tmp_path_factory) -> Path:
+    """A run of four updates on characters, with rotary positions."""
+    root = tmp_path_factory.mktemp("run")
+    data = make_data(root / "data", shard_tokens=1000)
+    config = tiny_config(data, root / "runs", updates=4, positions="rotary")
+    directory = root / "runs" / "tiny"
+    logs.create_run(directory, config)
+    train(config, directory, World(0, 1, torch.device("cpu")))
+    scores = {"hellaswag": {"metrics": {"acc_norm": 0.2531, "acc_norm_stderr": 0.0043}}}
+    (directory / "evals.json").write_text(json.dumps({"step_000004": scores}))
+    return directory
 
 
-@pytest.fixture
-def saved(theirs, tmp_path) -> Path:
-    """The directory of `theirs`, which a test may damage."""
-    theirs.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty directory to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def edit_config(directory: Path, **changes) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def command(*words: object, capsys) -> str:
+    """Give the command and return what it prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["hf.py", *map(str, words)])
+        hf.main()
+    return capsys.readouterr().out
 
 
-def assert_same_logits(source: str | Path, model: transformers.GPT2LMHeadModel) -> None:
-    idx = torch.randint(model.config.vocab_size, (2, 48))
-    with torch.no_grad():
-        logits, _ = hf.load_gpt2(str(source)).eval()(idx)
-        torch.testing.assert_close(logits, model(idx).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_a_saved_model_gives_the_same_logits(saved, theirs):
-    assert_same_logits(saved, theirs)
-
-
-def test_a_model_saved_in_several_files_gives_the_same_logits(theirs, tmp_path):
-    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert_same_logits(tmp_path, theirs)
-
-
-def test_a_model_saved_without_its_head_gives_the_same_logits(theirs, tmp_path):
-    # So are OpenAI's own weights on the hub: no "transformer." before the names, no lm_head.
-    theirs.transformer.save_pretrained(tmp_path)
-    assert_same_logits(tmp_path, theirs)
-
-
-def test_a_bfloat16_model_loads_as_float32(theirs, tmp_path):
-    build().bfloat16().save_pretrained(tmp_path)
-    model = hf.load_gpt2(str(tmp_path))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert torch.equal(model.wpe.weight, theirs.transformer.wpe.weight.bfloat16().float())
-
-
-def test_padding_rows_are_zero_and_the_mapping_is_pure(theirs):
-    state = theirs.state_dict()
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64)
-    ours = hf.state_dict_from_transformers(state, config)
-    assert ours["wte.weight"].shape == (50304, 16)
-    assert (ours["wte.weight"][50257:] == 0).all()
-    assert ours["h.1.mlp.c_fc.weight"].shape == (64, 16)
-    assert list(state) == list(before)
-    assert all(torch.equal(state[name], before[name]) for name in before)
-
-
-def test_greedy_text_equals_transformers_generate(saved, theirs):
-    texts = generate_text(str(saved), PROMPTS, max_tokens=24, temperature=0)
-    tokenizer = gpt2_tokenizer()
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))[None]
-        output = theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=24,
-            do_sample=False,
-            pad_token_id=50256,
-        )
-        drawn = output[0, ids.size(1) :].tolist()
-        assert text == tokenizer.decode(drawn)
-        assert len(set(drawn)) > 3
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model_type": "llama"},
-        {"activation_function": "relu"},
-        {"add_cross_attention": True},
-        {"tie_word_embeddings": False},
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"scale_attn_weights": False},
-        {"reorder_and_upcast_attn": True},
-        {"n_inner": 48},
-        {"layer_norm_epsilon": 1e-6},
-        {"n_head": 3},
-        {"n_layer": "two"},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_other_architectures_are_refused(saved, changes):
-    edit_config(saved, **changes)
-    with pytest.raises(UserError, match=str(next(iter(changes.values())))) as caught:
-        hf.load_gpt2(str(saved))
-    assert str(saved) in str(caught.value)
+def refusal(*words: object, capsys) -> str:
+    with pytest.raises(UserError) as caught:
+        command(*words, capsys=capsys)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_an_explicit_inner_width_of_four_times_the_width_is_gpt2(saved, theirs):
-    edit_config(saved, n_inner=64)
-    assert_same_logits(saved, theirs)
+def test_a_run_becomes_a_directory_that_everything_opens(run, capsys):
+    output = command("tiny", "--runs-dir", run.parent, capsys=capsys)
+    out = Path("exports/tiny-step_000004")
+    assert "a gpt_neox of transformers" in output and str(out) in output
+    model, tokenizer, begins_with_eot = load(str(out))
+    of_run = load(str(run))
+    assert_same_weights(out, of_run[0])
+    assert (tokenizer.alphabet, begins_with_eot) == (of_run[1].alphabet, True)
+    texts = [generate_text(str(source), ["the cat"], temperature=0) for source in (out, run)]
+    assert texts[0] == texts[1] != [""]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    spoken = transformers.AutoTokenizer.from_pretrained(out)
+    ids = spoken("<|endoftext|>the cat", return_tensors="pt")
+    written = theirs.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids.input_ids.size(1) :]
+    assert texts[0][0].startswith(spoken.decode(written, skip_special_tokens=True))
+    assert model.config.positions == "rotary"
 
 
-def test_a_pickle_is_never_loaded(saved, theirs):
-    (saved / "model.safetensors").unlink()
-    torch.save(theirs.state_dict(), saved / "pytorch_model.bin")
-    with pytest.raises(UserError, match="only as a pickle"):
-        hf.load_gpt2(str(saved))
+def test_the_card_says_what_the_model_is(run, capsys):
+    command(run / "checkpoints" / "step_000004", "--out", "out", capsys=capsys)
+    card = Path("out/README.md").read_text()
+    state = json.loads((run / "checkpoints" / "step_000004" / "state.json").read_text())
+    assert str(run.parent.parent) not in card
+    header, _, rest = card.removeprefix("---\n").partition("---\n")
+    assert "library_name: transformers" in header and "\nlicense:" not in header
+    for fact in (
+        "# tiny-step_000004",
+        "`gpt_neox`",
+        "`gpt2`, `nano`",
+        "4 of 4",
+        f"{4 * 256:,}",
+        "`data`",
+        "kind test",
+        manifest_digest(run.parent.parent / "data"),
+        f"Validation loss: {state['val_loss']:.4f}",
+        f"{state['bits_per_byte']:.4f} bits a byte",
+        "hellaswag",
+        "25.31",
+        "begins with `<|endoftext|>`",
+        "AutoTokenizer.from_pretrained(DIRECTORY)",
+    ):
+        assert fact in rest, fact
 
 
-def test_missing_weights_are_one_sentence(saved):
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
-        hf.load_gpt2(str(saved))
+def test_a_card_of_data_that_is_gone_says_less(run, capsys, monkeypatch):
+    monkeypatch.setattr("hf.manifest_digest", lambda directory: "another")
+    command(run, "--out", "out", capsys=capsys)
+    card = Path("out/README.md").read_text()
+    assert "kind test" not in card and "4 of 4" in card
 
 
-def test_truncated_weights_are_one_sentence(saved):
-    path = saved / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="damaged"):
-        hf.load_gpt2(str(saved))
+def test_a_model_of_transformers_is_converted(capsys):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.save_pretrained("theirs")
+    command("theirs", capsys=capsys)
+    out = Path("exports/theirs")
+    model, saved = hf_import.load(str(out))
+    assert torch.equal(model.wpe.weight, theirs.transformer.wpe.weight)
+    # OpenAI's prompts have no <|endoftext|> before them, and conversion does not change that.
+    assert not saved.begins_with_eot and "begins with" not in (out / "README.md").read_text()
+    spoken = transformers.AutoTokenizer.from_pretrained(out)
+    assert spoken("a text")["input_ids"] == gpt2_tokenizer().encode("a text").tolist()
 
 
-@pytest.mark.parametrize("changes", [{"n_layer": 3}, {"n_embd": 32}, {"vocab_size": 50256}])
-def test_weights_of_other_sizes_are_one_sentence(saved, changes):
-    edit_config(saved, **changes)
-    with pytest.raises(UserError, match="do not fit") as caught:
-        hf.load_gpt2(str(saved))
-    assert "\n" not in str(caught.value)
+def test_an_export_of_an_export_is_the_same(run, capsys):
+    command(run, "--out", "one", capsys=capsys)
+    command("one", "--out", "two", capsys=capsys)
+    names = {path.name for path in Path("one").iterdir()}
+    assert names == {path.name for path in Path("two").iterdir()}
+    for name in names:
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes(), name
 
 
-def test_a_damaged_config_is_one_sentence(saved):
-    (saved / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json"):
-        hf.load_gpt2(str(saved))
+def test_a_pickle_is_converted_when_asked_and_named_when_not(capsys):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.save_pretrained("old")
+    Path("old/model.safetensors").unlink()
+    torch.save(theirs.state_dict(), "old/pytorch_model.bin")
+    assert "pytorch_model.bin" in refusal("old", capsys=capsys)
+    assert "is a pickle" in refusal("old/pytorch_model.bin", capsys=capsys)
+    assert "name it with --out" in refusal("old", "--read-pickle", capsys=capsys)
+    for source in ("old", "old/pytorch_model.bin"):
+        command(source, "--out", "new", "--read-pickle", capsys=capsys)
+        model, _ = hf_import.load("new")
+        assert torch.equal(model.wpe.weight, theirs.transformer.wpe.weight)
 
 
-def test_an_unknown_name_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="There is no model"):
-        hf.load_gpt2(str(tmp_path / "absent"))
+def test_another_vocabulary_is_converted_without_a_tokenizer(capsys):
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=97)
+    transformers.GPT2LMHeadModel(config).save_pretrained("theirs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["hf.py", "theirs"])
+        hf.main()
+    assert "Without a tokenizer: theirs has 97 token ids" in capsys.readouterr().err
+    assert not Path("exports/theirs/tokenizer.json").exists()
 
 
-def test_without_a_network_a_hub_name_fails_fast(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    # An empty cache and a port that nobody listens on; some calls of the client retry for long.
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    started = time.perf_counter()
-    with pytest.raises(UserError, match="could not be downloaded"):
-        hf.load_gpt2("gpt2")
-    assert time.perf_counter() - started < 5
-
-
-def test_a_hub_name_in_the_cache_needs_no_network(saved, theirs, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    repository = tmp_path / "cache" / "models--gpt2"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    (repository / "snapshots").mkdir()
-    saved.rename(repository / "snapshots" / ("0" * 40))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert_same_logits("gpt2", theirs)
+def test_models_and_data_are_published(run, capsys, tmp_path, monkeypatch):
+    fake = installed(tmp_path / "hub", monkeypatch)
+    data = run.parent.parent / "data"
+    assert "add --push OWNER/NAME" in refusal(data, capsys=capsys)
+    output = command(data, "--push", "somebody/tokens", "--private", capsys=capsys)
+    assert "--source shards:somebody/tokens" in output
+    assert ("create", "somebody/tokens", "dataset", True) in fake.calls
+    output = command(run, "--push", "somebody/model", capsys=capsys)
+    assert "Published as https://huggingface.co/somebody/model" in output
+    published = fake.repository("somebody/model", "model")
+    assert_same_weights(published, load(str(run))[0])
+    # And from there by its name.
+    assert load("somebody/model")[1].alphabet == CHARACTERS.alphabet
 
 
-def test_another_vocabulary_is_refused_for_text(tmp_path):
-    build(vocab_size=97).save_pretrained(tmp_path)
-    assert hf.load_gpt2(str(tmp_path)).config.vocab_size == 97
-    with pytest.raises(UserError, match="97 token ids"):
-        generate_text(str(tmp_path), ["a"])
+def test_nothing_else_is_replaced_and_unknown_names_are_one_sentence(run, capsys):
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("years of work")
+    assert "mine exists and is not" in refusal(run, "--out", "mine", capsys=capsys)
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+    assert "There is no run" in refusal("nothing", capsys=capsys)
+
+
+def test_a_mistake_has_no_traceback(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["hf.py", "nothing"])
+    with pytest.raises(SystemExit) as caught:
+        run_script(hf.main)
+    assert caught.value.code not in (0, None)
+    assert "Traceback" not in capsys.readouterr().err

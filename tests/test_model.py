@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from config import ModelConfig
 from counts import parameter_count
 from cross_entropy import IGNORED
-from hf import state_dict_from_transformers
+from hf_layouts import from_transformers
 from model import GPT
 
 TINY = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=16, vocab_size=61)
@@ -59,7 +59,7 @@ def transformers_pair(config: ModelConfig):
         # Larger than at initialisation, so that a wrong activation or mask shows.
         parameter.data += 0.1 * torch.randn_like(parameter)
     ours = GPT(config)
-    ours.load_state_dict(state_dict_from_transformers(theirs.state_dict(), config))
+    ours.load_state_dict(from_transformers(theirs.state_dict(), config, "theirs"))
     return theirs, ours
 
 
