@@ -1,9 +1,6 @@
 """A GPT of ours as the harness knows GPT-2: transformers' model, Hugging Face's tokenizer."""
 
 import functools
-import importlib.util
-import sys
-import types
 from typing import Any
 
 import transformers
@@ -40,21 +37,8 @@ def harness_model(model: GPT, softmax_dtype: str = "float32") -> Any:
 
 def harness_class() -> type:
     """Return the harness's class for models of transformers."""
-    # It imports accelerate, to place models that it loads itself and to try batch sizes. Ours is
-    # loaded and the size is given, so where that package is absent its names will do.
-    absent = {}
-    if importlib.util.find_spec("accelerate") is None:
-        names = ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size")
-        package, utils = types.ModuleType("accelerate"), types.ModuleType("accelerate.utils")
-        vars(package).update(dict.fromkeys(names), utils=utils)
-        utils.get_max_memory = None
-        absent = {"accelerate": package, "accelerate.utils": utils}
-    sys.modules.update(absent)
-    try:
-        from lm_eval.models.huggingface import HFLM
-    finally:
-        for name in absent:
-            del sys.modules[name]
+    from lm_eval.models.huggingface import HFLM
+
     return HFLM
 
 

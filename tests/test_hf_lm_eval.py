@@ -1,11 +1,6 @@
 """lm-evaluation-harness, told `--model hf`, gives an export the scores that we give the model."""
 
-import importlib.util
-import sys
-import types
-
 import pytest
-import torch
 
 from tests.exports import SHAPES, exported
 from tests.small_models import config_of, shaken
@@ -14,23 +9,17 @@ from tokenizer import gpt2_tokenizer
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
 pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
 
 from tests.against_lm_eval import compare, hellaswag_pairs, lambada_pair, silent, wikitext_pair
 from tests.lm_eval_model import harness_class
 
 
 @pytest.fixture
-def harness(monkeypatch):
+def harness():
     """The harness's class for models of transformers, which loads one from its directory."""
     with silent():
-        found = harness_class()
-    if importlib.util.find_spec("accelerate") is None:
-        # One process on a CPU is all that it is asked for.
-        module = sys.modules[found.__module__]
-        alone = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
-        monkeypatch.setattr(module, "Accelerator", lambda **_: alone)
-        monkeypatch.setattr(module, "InitProcessGroupKwargs", lambda **_: None)
-    return found
+        return harness_class()
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "rotary", "llama", "modern untied"])

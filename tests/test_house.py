@@ -13,28 +13,20 @@ from tests.conftest import ROOT
 ORDER = (
     *("config", "checks", "config_file", "counts", "command_line", "recipes", "files"),
     *("tokenizer", "left_out"),
-    *("manifests", "writer", "shards", "tqdm_bars", "orders", "documents"),
-    *("rows", "verify"),
-    *("download", "chunks", "pydocs", "sources", "workers", "preparation", "load_fineweb"),
+    *("manifests", "writer", "shards", "tqdm_bars", "orders", "documents", "rows", "verify"),
+    *("download", "chunks", "pydocs", "sources", "hub", "workers", "preparation", "load_fineweb"),
     *("likelihood", "benchmark", "hellaswag", "lambada", "cbt", "wikitext", "tasks", "packing"),
-    *(
-        "logs",
-        "window_losses",
-        "metrics",
-        "figures",
-        "comparison",
-        "comparison_figures",
-        "published",
-        "signals",
-    ),
-    *("hardware", "memory", "plan"),
+    *("logs", "window_losses", "metrics", "figures", "comparison", "comparison_figures"),
+    *("published", "curves", "run_facts", "window_ranking", "trackers", "signals"),
+    *("hf_configs", "hf_tokenizer", "hf_card", "hardware", "memory", "plan"),
     *("devices", "roll_call", "distributed", "all_reduce", "attention", "lean", "cross_entropy"),
     *("model", "modern", "sharding", "muon", "optim", "loss_scale", "micro_batch", "outcome"),
-    *("fineweb", "checkpoint", "hf", "decoder", "generate", "sample", "scoring", "evaluation"),
-    *("in_loop_evals", "start", "trainer", "measuring", "train"),
-    *("lm_eval_adapter", "evaluate", "results", "summary", "main", "arms", "experiments"),
+    *("fineweb", "checkpoint", "hf_layouts", "hf_import", "hf_export", "decoder", "generate"),
+    *("sample", "passage", "scoring", "evaluation", "in_loop_evals", "start", "trainer"),
+    *("measuring", "train", "lm_eval_adapter", "evaluate", "hf", "report", "results", "summary"),
+    *("main", "arms", "experiments"),
 )
-WITHOUT_TORCH = (*ORDER[: ORDER.index("devices")], *ORDER[ORDER.index("results") :])
+WITHOUT_TORCH = (*ORDER[: ORDER.index("devices")], *ORDER[ORDER.index("report") :])
 
 
 def imports(module: str) -> set[str]:

@@ -1,5 +1,6 @@
 """Padded rows and the losses of windows: what is read, what counts, what is kept."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def test_padded_rows_hold_every_prediction_once_and_one_document_each(data):
     rows = FineWebEdu(data, "train", T, "padded")
     tokens = rows.stream.read(0, len(rows.stream))
     windows = rows.windows(np.arange(len(rows))).numpy()
-    pairs = np.array([(a, b) for row in windows for a, b in zip(row, row[1:]) if b != IGNORED])
+    pairs = np.array(
+        [(a, b) for row in windows for a, b in itertools.pairwise(row) if b != IGNORED]
+    )
     # In the order of the rows, the pairs are those of the stream.
     assert np.array_equal(pairs, np.stack([tokens[:-1], tokens[1:]], axis=1))
     for row in windows:
@@ -65,7 +68,9 @@ def test_the_loss_of_a_padded_update_is_the_mean_over_its_tokens(data, tmp_path)
     losses = {}
     for name, micro_batch in (("whole", 8), ("parts", 2)):
         config = tiny_config(data, tmp_path, rows="padded", updates=6, micro_batch=micro_batch)
-        losses[name] = [line["loss"] for line in metrics(run_training(named(config, name)), "train")]
+        losses[name] = [
+            line["loss"] for line in metrics(run_training(named(config, name)), "train")
+        ]
     assert losses["parts"] == pytest.approx(losses["whole"], abs=1e-5)
     torch.manual_seed(config.train.seed)
     model, rows = GPT(config.model), FineWebEdu(data, "train", T, "padded")
