@@ -42,6 +42,7 @@ from rows import training_windows
 from shards import TokenStream
 from summary import resume_command, summary
 from tasks import TASKS
+from trackers import check_trackers
 from verify import verify_data
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def _override(args: list[str] | None, first: Arguments, base: Config) -> Config:
     validate(config)
     for name in config.train.eval_tasks:
         recipes.check_name(name, TASKS, "benchmark")
+    check_trackers(config.train.trackers)
     return config
 
 

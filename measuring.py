@@ -24,7 +24,7 @@ from scoring import Scorer
 from sharding import put_away, whole_model
 from tokenizer import can_encode
 from tqdm_bars import EvaluationBar
-from trainer import Trainer
+from trainer import Trainer, record
 
 
 class Due(NamedTuple):
@@ -104,8 +104,7 @@ def record_validation(trainer: Trainer, step: int) -> None:
         line["bits_per_byte"] = bits_per_byte
     per_byte = f", {bits_per_byte:.3f} bits a byte" if bits_per_byte is not None else ""
     trainer.bar.write(f"step {step:>6}: validation loss {loss:.4f}{per_byte}")
-    if trainer.world.is_main:
-        logs.append_metrics(trainer.run, line)
+    record(trainer, line)
 
 
 def record_scores(trainer: Trainer, step: int, model: GPT) -> None:
@@ -129,11 +128,10 @@ def record_scores(trainer: Trainer, step: int, model: GPT) -> None:
         # The first benchmark is the one to watch.
         if benchmark is trainer.benchmarks[0]:
             trainer.bar.show_score(f"{task.name} {headline(task, result.metrics)}")
-        if trainer.world.is_main:
-            line = {"kind": "eval", "step": step}
-            line |= {"tokens": step * trainer.config.train.tokens_per_update, "task": task.name}
-            line |= {"examples": result.examples, **result.metrics, "seconds": result.seconds}
-            logs.append_metrics(trainer.run, line)
+        line = {"kind": "eval", "step": step}
+        line |= {"tokens": step * trainer.config.train.tokens_per_update, "task": task.name}
+        line |= {"examples": result.examples, **result.metrics, "seconds": result.seconds}
+        record(trainer, line)
 
 
 @torch.no_grad()

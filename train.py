@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import logs
 from all_reduce import check_all_reduce
 from attention import attention_by
 from command_line import run_script
@@ -38,8 +37,12 @@ from orders import update_windows
 from outcome import Outcome, outcome
 from sharding import whole
 from signals import stop_requests
-from trainer import Trainer, begin
+from trackers import CLOSING_SECONDS, close_trackers, open_trackers
+from trainer import Trainer, begin, record
 from window_losses import append as append_window_losses
+
+# Seconds that trackers get to finish after a signal.
+STOPPING_SECONDS = 10.0
 
 
 def train(
@@ -66,6 +69,10 @@ def train(
         stack.enter_context(contextlib.closing(batches))
         stack.enter_context(attention_by(trainer.attention))
         stack.enter_context(_short_collections())
+        if world.is_main:
+            names = config.train.trackers
+            trainer.trackers = open_trackers(names, run, config, start, bar.write)
+            stack.callback(_close_trackers, trainer)
         bar.start()
         for step in range(start, last + 1):
             due = what_is_due(trainer, step) if step > start or not measured else NOTHING
@@ -81,6 +88,12 @@ def train(
             update(trainer, next(batches), step + 1)
             settle(trainer, behind=trainer.updates_behind)
     return step, not trainer.stopping
+
+
+def _close_trackers(trainer: Trainer) -> None:
+    """Wait for the trackers, not long after a signal, whose sender does not wait either."""
+    seconds = STOPPING_SECONDS if trainer.stopping else CLOSING_SECONDS
+    close_trackers(trainer.trackers, seconds)
 
 
 @contextlib.contextmanager
@@ -242,22 +255,21 @@ def record_update(trainer: Trainer, step: int, loss: float, norm: float) -> None
         return
     bar.update(loss)
     trainer.losses["train_loss"] = loss
-    if trainer.world.is_main:
-        line = {
-            "kind": "train",
-            "step": step,
-            "tokens": step * config.train.tokens_per_update,
-            "loss": loss,
-            "lr": lr_at(step, trainer.total, config.optim),
-            # Not finite where loss scaling left the update out.
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens_per_second": bar.tokens_per_second,
-            "mfu": bar.mfu,
-            "seconds": trainer.seconds,
-        }
-        if trainer.loss_scale is not None:
-            line["loss_scale"] = trainer.loss_scale.factor
-        logs.append_metrics(trainer.run, line)
+    line = {
+        "kind": "train",
+        "step": step,
+        "tokens": step * config.train.tokens_per_update,
+        "loss": loss,
+        "lr": lr_at(step, trainer.total, config.optim),
+        # Not finite where loss scaling left the update out.
+        "grad_norm": norm if math.isfinite(norm) else None,
+        "tokens_per_second": bar.tokens_per_second,
+        "mfu": bar.mfu,
+        "seconds": trainer.seconds,
+    }
+    if trainer.loss_scale is not None:
+        line["loss_scale"] = trainer.loss_scale.factor
+    record(trainer, line)
 
 
 def main() -> None:

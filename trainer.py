@@ -29,6 +29,7 @@ from scoring import Scorer
 from sharding import is_shared, shard
 from start import load_start
 from tqdm_bars import TrainingBar
+from trackers import Tracker, send
 
 # What state.json says of the model; its scores are by benchmark, each with the step they are of.
 MEASURED = ("train_loss", "val_loss", "bits_per_byte", "scores")
@@ -69,6 +70,8 @@ class Trainer:
     # Training seconds before this process started, and the last losses and scores, for state.json.
     earlier_seconds: float = 0.0
     losses: dict[str, Any] = field(default_factory=dict)
+    # Where the record is shown besides, on the main process.
+    trackers: list[Tracker] = field(default_factory=list)
     # Set by a signal to this process; `stopping` when all processes have agreed to stop.
     asked: threading.Event = field(default_factory=threading.Event)
     stopping: bool = False
@@ -77,6 +80,13 @@ class Trainer:
     def seconds(self) -> float:
         """Seconds of training in the whole run so far, without validation and the like."""
         return self.earlier_seconds + self.bar.seconds
+
+
+def record(trainer: Trainer, line: dict[str, Any]) -> None:
+    """Add a line to metrics.jsonl and show it in the trackers; one process does that for all."""
+    if trainer.world.is_main:
+        logs.append_metrics(trainer.run, line)
+        send(trainer.trackers, line)
 
 
 def begin(
