@@ -45,7 +45,8 @@ def summary(config: Config, run: Path, world: "World") -> str:
         "run": f"{config.recipe} at size {config.size}, in {run}",
         "model": f"{parameter_count(model):,} parameters: {model.n_layer} layers, "
         f"{model.n_head} heads, width {model.n_embd}, context {model.block_size}, "
-        f"vocabulary {model.vocab_size:,}{parts(model)}",
+        f"vocabulary {model.vocab_size:,}{parts(model)}"
+        + (f", begun with the weights of {config.init}" if config.init else ""),
         "data": f"{config.data}: {train_tokens:,} training and {manifest.tokens('val'):,} "
         f"validation tokens, {train.order.replace('_', ' ')}{padding(config)}",
         "updates": f"{train.updates:,} of {train.tokens_per_update:,} tokens, "
