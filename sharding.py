@@ -55,7 +55,7 @@ def shard(model: GPT, compile_mode: str, world: World) -> None:
 def _compile_parts(model: GPT, mode: str, world: World) -> None:
     """Compile what the hooks of `fully_shard` lie around."""
     block = type(model.h[0])
-    for name, cls, modules in (("forward", block, model.h), ("loss", type(model), [model])):
+    for name, cls, modules in (("forward", block, model.h), ("losses", type(model), [model])):
         plain = getattr(cls, name)
         compiled = compile_module(plain, mode, world)
         if compiled is plain:
