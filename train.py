@@ -225,11 +225,11 @@ def _not_finite(trainer: Trainer, found: Outcome) -> str:
     by_micro_batch = windows.reshape(-1, trainer.config.train.micro_batch)
     bad = ~torch.isfinite(gather_over_ranks(losses)).flatten().cpu().numpy()
     suspects = by_micro_batch[bad].flatten().tolist() or windows.tolist()
-    record = {"step": step, "loss": str(loss), "grad_norm": str(norm)}
-    record |= {"suspects": suspects, "windows": windows.tolist()}
+    facts = {"step": step, "loss": str(loss), "grad_norm": str(norm)}
+    facts |= {"suspects": suspects, "windows": windows.tolist()}
     path = trainer.run / "non_finite.json"
     if trainer.world.is_main:
-        write_atomically(path, (json.dumps(record) + "\n").encode())
+        write_atomically(path, (json.dumps(facts) + "\n").encode())
     shown = ", ".join(map(str, suspects[:8]))
     more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
     return (
