@@ -19,20 +19,9 @@ import tyro
 import load_fineweb
 import main
 import recipes
-from checks import validate
-from command_line import parse
-from config import (
-    Config,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-    accumulation_steps,
-    changed_identity,
-    replace,
-)
-from logs import read_config
-from manifests import DATA_DIR, find_data
+from config import Config, OptimConfig, UserError, changed_fields, replace
+from corpus.shards import DATA_DIR, find_data
+from utils import load_config, parse
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class Options:
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
     """What to train, by its name in recipes.py, before all options; the first is the baseline."""
     size: str = "124m"
-    """How big, and how many tokens: nano, 124m, 350m, 774m or 1558m."""
+    """How big, and how many tokens: d2, d3, d4, d6, d8, nano, 124m, 350m, 774m or 1558m."""
     data: tuple[str, ...] = ("fineweb-edu",)
     """Directories of token shards, or names under data/; several are compared by scores."""
     name: str = ""
@@ -60,9 +49,9 @@ class Options:
     """Runs at the same time; on a CPU they share its cores."""
     processes: int = 1
     """Processes of each run, started by torchrun."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    model: main.ModelOptions = field(default_factory=main.ModelOptions)
+    optim: main.OptimOptions = field(default_factory=main.OptimOptions)
+    train: main.TrainOptions = field(default_factory=main.TrainOptions)
 
 
 # What is the same for all, and cannot be an option of one arm.
@@ -173,7 +162,7 @@ def _arm(written: str, shared: list[str], options: Options) -> Arm:
         *(recipe, "--size", options.size, *_budget(recipe, options.size)),
         *(word for group in _groups([*shared, *own]) for word in group),
     ]
-    config = main.new_config(arguments, parse(main.Arguments, arguments, main.Arguments()))
+    config = main.new_config(arguments, parse(main.Args, arguments))
     runs_dir = Path(given.train.runs_dir) / "experiments" / options.name
     config = replace(config, {"train.runs_dir": str(runs_dir)})
     rates = tuple(dict.fromkeys(given.lr)) or (config.optim.lr,)
@@ -204,7 +193,7 @@ def _budget(recipe: str, size: str) -> list[str]:
     """
     recipes.check_name(size, recipes.SIZES, "size")
     asked, words = recipes.build(recipe, size).train, []
-    for name in ("updates", "epochs", "tokens", "val_tokens", "val_interval"):
+    for name in ("steps", "epochs", "tokens", "val_tokens", "val_interval"):
         wanted = getattr(recipes.SIZES[size], name, None)
         if getattr(asked, name) != wanted:
             words += [f"--train.{name.replace('_', '-')}", str(wanted)]
@@ -248,15 +237,19 @@ def _planned(arm: Arm, data: str, lr: float, i: int, options: Options) -> Planne
     """Return the run of an arm with the i-th of its seeds."""
     rates, seed = _rates(arm.config.optim, lr), arm.config.train.seed + i
     name = f"{arm.slug}-{data_name(data)}-lr{lr:g}-seed{seed}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    if len(name) > 100:
+        raise UserError(
+            f"The run {name} would have too long a name; give '{arm.label}' fewer options."
+        )
     config = replace(arm.config, {**rates, "data": data, "train.seed": seed, "name": name})
-    validate(config)
     config = main.complete_config(config)
-    accumulation_steps(recipes.fit_micro_batch(config, options.processes), options.processes)
+    main.with_micro_batch(config, options.processes)
     extra = {**rates, "train.seed": seed, "train.runs_dir": config.train.runs_dir}
     if len(options.data) > 1 and config.train.eval_interval == 0:
         # Losses on different data say nothing of each other, but scores do.
-        extra["train.eval_interval"] = config.train.updates
-        config = replace(config, {"train.eval_interval": config.train.updates})
+        extra["train.eval_interval"] = config.train.steps
+        config = replace(config, {"train.eval_interval": config.train.steps})
     arguments = [*arm.arguments, "--data", data, "--name", name, "--auto-resume"]
     for field_name, value in extra.items():
         arguments += [f"--{field_name.replace('_', '-')}", str(value)]
@@ -271,8 +264,8 @@ def _rates(optim: OptimConfig, lr: float) -> dict[str, float]:
     rates = {"optim.lr": lr}
     if optim.optimizer == "muon":
         rates["optim.muon_lr"] = optim.muon_lr * lr / optim.lr
-    if optim.head_lr is not None:
-        rates["optim.head_lr"] = optim.head_lr * lr / optim.lr
+    if optim.lm_head_lr is not None:
+        rates["optim.lm_head_lr"] = optim.lm_head_lr * lr / optim.lr
     return rates
 
 
@@ -289,12 +282,12 @@ def _check_comparable(runs: list[Planned]) -> None:
                 raise UserError(
                     f"'{run.arm}' would have {mine:,} {what} on {run.data} and '{other.arm}' "
                     f"{its:,}; give all arms the same with --train.tokens, --train.val-tokens or "
-                    "--train.tokens-per-update."
+                    "--train.batch-tokens."
                 )
 
 
 def _tokens(config: Config) -> int:
-    return config.train.updates * config.train.tokens_per_update
+    return config.train.steps * config.train.batch_tokens
 
 
 def _check_names(runs: list[Planned]) -> None:
@@ -302,14 +295,14 @@ def _check_names(runs: list[Planned]) -> None:
     configs: dict[str, Config] = {}
     for run in runs:
         other = configs.setdefault(run.config.name, run.config)
-        changed = changed_identity(other, run.config)
+        changed = changed_fields(other, run.config)
         if changed:
             raise UserError(
                 f"Two arms would both be called {run.config.name}, and differ "
                 f"({'; '.join(changed)}); write one of them in another way."
             )
         if (run.directory / "config.json").is_file():
-            changed = changed_identity(read_config(run.directory), run.config)
+            changed = changed_fields(load_config(run.directory), run.config)
             if changed:
                 raise UserError(
                     f"{run.directory} was trained with other settings ({'; '.join(changed)}); "

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from config import UserError
+from corpus.shards import DATA_DIR
+from corpus.tokenizer import GPT2Tokenizer, Tokenizer
 from download import ATTEMPTS, download
-from files import write_atomically
 from likelihood import Request, Scores, encode_request
-from manifests import DATA_DIR
-from tokenizer import GPT2Tokenizer, Tokenizer
+from utils import write_atomically
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from benchmark import (
     store,
 )
 from config import UserError
+from corpus.tokenizer import Tokenizer
 from likelihood import Request, Scores, encode_request, share
-from tokenizer import Tokenizer
 
 ARCHIVE = WebFile(
     path="cbt/CBTest.tgz",

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from config import identity_digest
-from counts import parameter_count
 from metrics import Run, aligned, points, score_text, scores, short
 
 
@@ -94,7 +92,7 @@ def validation_curve(runs: list[Run]) -> Curve:
     found = [points(run, "val", "loss") for run in runs]
     by_step = [dict(zip(p.steps.tolist(), p.values.tolist(), strict=True)) for p in found]
     steps = sorted(set.intersection(*(set(losses) for losses in by_step)))
-    tokens = np.array(steps) * runs[0].config.train.tokens_per_update
+    tokens = np.array(steps) * runs[0].config.train.batch_tokens
     return Curve(tokens, np.array([[losses[step] for step in steps] for losses in by_step]))
 
 
@@ -117,7 +115,7 @@ def seconds_at(runs: list[Run], tokens: float) -> float:
 
 def _seconds_at(run: Run, tokens: float) -> float:
     clock = points(run, "train", "seconds")
-    trained = np.concatenate(([0], clock.steps)) * run.config.train.tokens_per_update
+    trained = np.concatenate(([0], clock.steps)) * run.config.train.batch_tokens
     return float(np.interp(tokens, trained, np.concatenate(([0.0], clock.values))))
 
 
@@ -132,9 +130,8 @@ def trial_facts(trial: Trial) -> dict[str, Any]:
         "final_loss": final_loss(trial),
         "tokens": tokens,
         "seconds": seconds_at([trial.run], tokens),
-        "parameters": parameter_count(config.model),
+        "parameters": config.model.num_params,
         "recipe": config.recipe,
-        "config_digest": identity_digest(config),
     }
 
 
@@ -161,9 +158,9 @@ def _facts(entry: Entry, baseline: Entry) -> dict[str, Any]:
     curve, config = validation_curve(entry.runs), entry.runs[0].config
     final = curve.losses[:, -1]
     facts |= {
-        "parameters": parameter_count(config.model),
-        "updates": int(curve.tokens[-1]) // config.train.tokens_per_update,
-        "planned_updates": config.train.updates,
+        "parameters": config.model.num_params,
+        "steps": int(curve.tokens[-1]) // config.train.batch_tokens,
+        "planned_steps": config.train.steps,
         "tokens": int(curve.tokens[-1]),
         "final_loss": float(curve.mean[-1]),
         "final_loss_deviation": float(final.std(ddof=1)) if len(final) > 1 else None,
@@ -295,8 +292,8 @@ def _seconds(seconds: float) -> str:
 
 def _remarks(row: dict[str, Any]) -> list[str]:
     remarks = []
-    if row["updates"] < row["planned_updates"]:
-        remarks.append(f"stopped early at {row['updates']:,} of {row['planned_updates']:,}")
+    if row["steps"] < row["planned_steps"]:
+        remarks.append(f"stopped early at {row['steps']:,} of {row['planned_steps']:,}")
     if row["diverged"]:
         remarks.append(f"{row['diverged']} of {row['seeds']} seeds diverged")
     return remarks

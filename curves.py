@@ -1,7 +1,7 @@
 """The curves of a run, thinned until a page can hold them: what report.py draws.
 
-A curve is `{"x": updates, "y": values}`, two lists of one length. Tokens and seconds follow from
-the update: the one by multiplication, the other by the run's clock, which is a curve, too.
+A curve is `{"x": steps, "y": values}`, two lists of one length. Tokens and seconds follow from
+the step: the one by multiplication, the other by the run's clock, which is a curve, too.
 """
 
 import itertools
@@ -26,9 +26,9 @@ Curve = dict[str, list[float]]
 
 
 def curves(run: Run) -> dict[str, Any]:
-    """Return everything of a run that is drawn against its updates."""
+    """Return everything of a run that is drawn against its steps."""
     return {
-        "tokens_per_update": run.config.train.tokens_per_update,
+        "batch_tokens": run.config.train.batch_tokens,
         "clock": thinned(points(run, "train", "seconds"), POINTS // 4),
         "loss": noisy(points(run, "train", "loss")),
         "val_loss": thinned(points(run, "val", "loss")),
@@ -79,7 +79,7 @@ def baselines(runs: list[Run]) -> dict[str, Any]:
 
 
 def noisy(series: Points) -> dict[str, Curve]:
-    """Return what was logged at every update twice: as it is, and smoothed."""
+    """Return what was logged at every step twice: as it is, and smoothed."""
     smoothed = Points(series.steps, smooth(series.values), series.errors)
     return {"raw": thinned(series), "smooth": evenly(smoothed, POINTS // 2)}
 

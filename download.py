@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from config import UserError
-from files import sync_directory
 from tqdm_bars import DownloadBar
+from utils import sync_directory
 
 # In a row, without a byte more than there was, before a download is given up.
 ATTEMPTS = 4

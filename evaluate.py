@@ -16,12 +16,9 @@ import torch
 import tyro
 
 from benchmark import Task, sha256_of
-from command_line import parse, run_script
 from config import UserError
-from devices import pick_dtype
-from distributed import World, barrier, join_world
+from corpus.tokenizer import Tokenizer
 from evaluation import Result, evaluate
-from files import write_atomically
 from likelihood import loses_context
 from metrics import aligned, score_text
 from model import GPT
@@ -30,7 +27,8 @@ from published import published
 from sample import find, load
 from scoring import Scorer
 from tasks import open_task
-from tokenizer import Tokenizer
+from training.distributed import DistInfo, barrier, choose_device, init_distributed, pick_dtype
+from utils import parse, run_script, write_atomically
 
 # Tokens in a batch where nothing is said.
 BATCH_TOKENS = {"cpu": 2048, "mps": 8192, "cuda": 65536}
@@ -82,18 +80,19 @@ def main() -> None:
     """Score the models that the command line names, print a table and write evals.json."""
     options = parse(Options)
     check_options(options)
-    with join_world(options.device) as world:
+    with init_distributed() as info:
+        info = choose_device(info, options.device)
         sources = [identify(source, options.runs_dir) for source in options.sources]
         for source in sources:
             # A damaged record shows before the work is done that it could not keep.
             read_evals(source)
         if options.lm_eval:
-            by_harness(sources, options, world)
+            by_harness(sources, options, info)
         else:
-            by_our_tasks(sources, options, world)
+            by_our_tasks(sources, options, info)
 
 
-def by_our_tasks(sources: list[Source], options: Options, world: World) -> None:
+def by_our_tasks(sources: list[Source], options: Options, info: DistInfo) -> None:
     """Score the models on our own benchmarks."""
     rows, tasks = [], {}
     for source in sources:
@@ -101,27 +100,27 @@ def by_our_tasks(sources: list[Source], options: Options, world: World) -> None:
         # Texts are turned into tokens once for all models.
         for name in dict.fromkeys(options.tasks):
             if (name, tokenizer.name) not in tasks:
-                tasks[name, tokenizer.name] = open_together(name, tokenizer, options, world)
+                tasks[name, tokenizer.name] = open_together(name, tokenizer, options, info)
         mine = [tasks[name, tokenizer.name] for name in dict.fromkeys(options.tasks)]
-        rows += score_model(source, model.to(world.device), mine, options, world)
-    if world.is_main:
+        rows += score_model(source, model.to(info.device), mine, options, info)
+    if info.is_main:
         print(table(rows))
 
 
-def by_harness(sources: list[Source], options: Options, world: World) -> None:
+def by_harness(sources: list[Source], options: Options, info: DistInfo) -> None:
     """Score the models on tasks of lm-evaluation-harness, and print its own tables."""
     import lm_eval_adapter
 
-    tasks = lm_eval_adapter.load_tasks(options.lm_eval, world)
+    tasks = lm_eval_adapter.load_tasks(options.lm_eval, info)
     for source in sources:
         model, tokenizer, _ = load(source.given, options.runs_dir)
-        max_length, batch_tokens = lengths(source, model, options, world)
-        scorer, computed = make_scorer(model.to(world.device), max_length, options, world)
+        max_length, batch_tokens = lengths(source, model, options, info)
+        scorer, computed = make_scorer(model.to(info.device), max_length, options, info)
         language_model = lm_eval_adapter.as_language_model(
             scorer, tokenizer, max_length, batch_tokens
         )
         results = lm_eval_adapter.run_harness(language_model, tasks, options.limit)
-        if world.is_main:
+        if info.is_main:
             for name, facts in lm_eval_adapter.kept_results(results).items():
                 keep(source, setting(f"lm-eval {name}", options), facts | computed)
             print(f"{source.label}\n\n{lm_eval_adapter.results_table(results)}", flush=True)
@@ -151,19 +150,19 @@ def identify(source: str, runs_dir: str) -> Source:
     return Source(source, found.resolve().name, found / "evals.json", found.resolve().name)
 
 
-def open_together(name: str, tokenizer: Tokenizer, options: Options, world: World) -> Task:
+def open_together(name: str, tokenizer: Tokenizer, options: Options, info: DistInfo) -> Task:
     """Return a task on every rank; one of them fetches its file if it is not here."""
-    task = open_task(name, tokenizer, options.limit) if world.is_main else None
+    task = open_task(name, tokenizer, options.limit) if info.is_main else None
     barrier()
     return task or open_task(name, tokenizer, options.limit, fetch=False)
 
 
 def score_model(
-    source: Source, model: GPT, tasks: list[Task], options: Options, world: World
+    source: Source, model: GPT, tasks: list[Task], options: Options, info: DistInfo
 ) -> list[dict[str, str]]:
     """Score one model on the tasks; write its evals.json and return its rows of the table."""
-    max_length, batch_tokens = lengths(source, model, options, world)
-    scorer, computed = make_scorer(model, max_length, options, world)
+    max_length, batch_tokens = lengths(source, model, options, info)
+    scorer, computed = make_scorer(model, max_length, options, info)
     rows, vocab_size = [], model.config.vocab_size
     # All that could be wrong with a plan shows before the first one is scored.
     plans = [
@@ -173,7 +172,7 @@ def score_model(
     for task, laid_out in zip(tasks, plans, strict=True):
         result = evaluate(scorer, task, laid_out)
         shortened = sum(loses_context(request, max_length) for request in task.requests)
-        if world.is_main:
+        if info.is_main:
             facts = record(task, result, shortened) | computed
             keep(source, setting(task.name, options), facts)
             if options.log_examples:
@@ -183,7 +182,7 @@ def score_model(
     return rows
 
 
-def lengths(source: Source, model: GPT, options: Options, world: World) -> tuple[int, int]:
+def lengths(source: Source, model: GPT, options: Options, info: DistInfo) -> tuple[int, int]:
     """Return the most tokens that the model reads at once, and those in a batch."""
     context = model.config.block_size
     if options.max_length is not None and options.max_length > context:
@@ -191,26 +190,26 @@ def lengths(source: Source, model: GPT, options: Options, world: World) -> tuple
             f"--max-length {options.max_length} is more than the {context} tokens that "
             f"{source.label} reads at once; lower it or leave it out."
         )
-    batch_tokens = options.batch_tokens or BATCH_TOKENS[world.device.type]
+    batch_tokens = options.batch_tokens or BATCH_TOKENS[info.device.type]
     return options.max_length or context, batch_tokens
 
 
 def make_scorer(
-    model: GPT, max_length: int, options: Options, world: World
+    model: GPT, max_length: int, options: Options, info: DistInfo
 ) -> tuple[Scorer, dict[str, Any]]:
     """Return a model made ready, and what evals.json says of how its scores are computed."""
     torch.set_float32_matmul_precision("high" if options.dtype == "tf32" else "highest")
-    dtype = pick_dtype(options.dtype, world.device)
+    dtype = pick_dtype(options.dtype, info.device)
     named = str(dtype).removeprefix("torch.") if options.dtype == "auto" else options.dtype
     computed = {
         "limit": options.limit,
         "max_length": max_length,
         "dtype": named,
-        "device": world.device.type,
-        "world_size": world.size,
+        "device": info.device.type,
+        "world_size": info.world_size,
         "torch": torch.__version__,
     }
-    return Scorer(model, world, dtype, options.compile), computed
+    return Scorer(model, info, dtype, options.compile), computed
 
 
 def record(task: Task, result: Result, shortened: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmark import Task
 from likelihood import Scores
-from metrics import is_share
+from metrics import is_share, score_text
 from packing import Plan
 from scoring import Scorer
 from tqdm_bars import EvaluationBar
@@ -41,17 +41,17 @@ def evaluate(
 ) -> Result | None:
     """Score a task's requests, laid out in `plan`; the same result on every rank.
 
-    Where `asked` is given, it is called after each batch on every rank, and None is returned soon
-    after it was true on one.
+    Where `asked` is given, it is called between batches, and None is returned on every rank when it
+    was true on one.
     """
     began = shown = time.perf_counter()
     found: list[dict[str, Any]] = []
-    size, count = scorer.world.size, len(task.requests)
-    with EvaluationBar(task.name, count, "example", not scorer.world.is_main) as bar:
+    size, count = scorer.info.world_size, len(task.requests)
+    with EvaluationBar(task.name, count, "example", not scorer.info.is_main) as bar:
 
         def progress(done: list[int], scores: list[Scores]) -> bool:
             nonlocal shown
-            if scorer.world.is_main:
+            if scorer.info.is_main:
                 found.extend(map(task.judge, [task.examples[i] for i in done], scores))
                 if found and time.perf_counter() - shown > RENEWAL:
                     shown = time.perf_counter()
@@ -73,3 +73,18 @@ def headline(task: Task, metrics: dict[str, float]) -> str:
     if value is None:
         return ""
     return f"{task.headline} " + (f"{value:.1%}" if is_share(task.headline) else f"{value:.4g}")
+
+
+def describe(task: Task, metrics: dict[str, float], limit: int | None) -> str:
+    """Return all metrics in words, the one to watch first; `limit` as in train.eval_limit."""
+    names = [name for name in metrics if not name.endswith("_stderr")]
+    names.sort(key=lambda name: name != task.headline)
+    shown = [
+        f"{name} {score_text(name, metrics[name], metrics.get(f'{name}_stderr', 0.0))}"
+        for name in names
+    ]
+    # A limit may be more than there is, and counts for each part of a task that has several.
+    count = len(task.examples)
+    limited = limit is not None and count >= limit
+    only = f" (only {count:,} examples)" if limited else ""
+    return f"{task.name}{only} {', '.join(shown)}"

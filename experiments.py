@@ -16,7 +16,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,13 +25,12 @@ from typing import TextIO
 
 import comparison
 from arms import Options, Planned, planned_runs, read_command
-from command_line import run_script
 from comparison import Trial
 from comparison_figures import draw_overlay, draw_rates
-from config import UserError, last_update
-from files import locked, write_atomically
+from config import UserError
 from metrics import Run, points, read_run
-from signals import stop_requests
+from train import StopSignal
+from utils import locked, run_script, write_atomically
 
 MAIN = Path(__file__).parent / "main.py"
 # How train.py's sentence goes on where the validation loss is not finite.
@@ -48,7 +46,7 @@ def main() -> None:
         (directory / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory} cannot be made ({error.strerror}).") from error
-    with locked(directory):
+    with locked(directory / ".lock"):
         report(train_all(runs, options), options, directory)
 
 
@@ -98,8 +96,8 @@ def train_some(runs: list[Planned], options: Options, number: int, count: int) -
     """
     waiting = deque(enumerate(_distinct(runs), number))
     active: list[Active] = []
-    with stop_requests() as asked, _stopped_in_the_end(active):
-        while (waiting or active) and not asked.is_set():
+    with StopSignal() as stop, _stopped_in_the_end(active):
+        while (waiting or active) and not stop.requested:
             while waiting and len(active) < options.jobs:
                 i, run = waiting.popleft()
                 label = f"[{i}/{count}] {_described(run, options)}"
@@ -109,9 +107,9 @@ def train_some(runs: list[Planned], options: Options, number: int, count: int) -
                     active.append(_start(run, label, options))
             for one in [one for one in active if one.process.poll() is not None]:
                 active.remove(one)
-                _conclude(one, asked)
-            asked.wait(0.2 if active else 0)
-    if asked.is_set():
+                _conclude(one, stop)
+            time.sleep(0.2 if active else 0)
+    if stop.requested:
         print("stopped; the same command continues.")
         raise SystemExit(130)
 
@@ -128,7 +126,12 @@ def _start(run: Planned, label: str, options: Options) -> Active:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={options.processes}"]
     # A run that was ended early knows that itself, and has to be told where it is to end now.
-    command += [str(MAIN), *run.arguments, "--train.stop-at", str(run.config.train.stop_at)]
+    command += [
+        str(MAIN),
+        *run.arguments,
+        "--train.stop-at-step",
+        str(run.config.train.stop_at_step),
+    ]
     environment = dict(os.environ)
     sharing = options.jobs * options.processes
     if sharing > 1:
@@ -163,7 +166,7 @@ def _stopped_in_the_end(active: list[Active]) -> Iterator[None]:
             one.output.close()
 
 
-def _conclude(one: Active, asked: threading.Event) -> None:
+def _conclude(one: Active, stop: StopSignal) -> None:
     """Print what became of a run that has ended; raises UserError if it failed."""
     one.output.close()
     if (one.process.returncode == 0 or diverged(one.run)) and is_done(one.run):
@@ -172,7 +175,7 @@ def _conclude(one: Active, asked: threading.Event) -> None:
     elif one.process.returncode == 0:
         # By itself a run ends in good order only at its end.
         print(f"{one.label}: stopped", flush=True)
-        asked.set()
+        stop.requested = True
     else:
         raise UserError(
             f"The run {one.run.config.name} failed ({_last_words(one.run.log).rstrip('.')}); its "
@@ -191,8 +194,9 @@ def is_done(run: Planned) -> bool:
 
 
 def finished(run: Planned) -> Run | None:
-    """Return a run as it stands on disk if it has validated its last update, else None."""
-    last = last_update(run.config)
+    """Return a run as it stands on disk if it has validated its last step, else None."""
+    last, stop = run.config.train.steps, run.config.train.stop_at_step
+    last = last if stop is None else min(last, stop)
     try:
         found = read_run(run.directory)
     except UserError:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from files import write_atomically
-from metrics import Points, Run, is_share, least, points, scores, short
+from metrics import Points, Run, best, is_share, points, scores, short
+from utils import write_atomically
 
 # What others report, by their own measurement: loss on FineWeb-Edu's validation shard, and, in
 # percent, all of HellaSwag with per-token normalisation (least and most, where sources differ).
@@ -52,7 +52,7 @@ def draw(runs: list[Run]) -> list[Path]:
         _draw_losses(left, runs)
         (_draw_scores if any(map(shares, runs)) else _draw_gradients)(right, runs)
         for axes in (left, right):
-            axes.set_xlabel("update")
+            axes.set_xlabel("step")
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.margins(x=0.02)
             axes.grid(True)
@@ -82,7 +82,7 @@ def _title(runs: list[Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs on {data}"
     run = runs[0]
-    return f"{run.name}: {run.config.recipe} {run.config.size} on {data}, {run.progress} updates"
+    return f"{run.name}: {run.config.recipe} {run.config.size} on {data}, {run.progress} steps"
 
 
 def _draw_losses(axes: Any, runs: list[Run]) -> None:
@@ -94,7 +94,7 @@ def _draw_losses(axes: Any, runs: list[Run]) -> None:
         curve.set(color=PALETTE[1] if len(runs) == 1 else color_of(i))
         mark(curve, MARKERS[i // len(PALETTE) % 4])
         if len(runs) == 1:
-            curve.set_label(f"validation loss, least {least(validation)}")
+            curve.set_label(f"validation loss, best {best(validation)}")
     if len(runs) > 1:
         axes.plot([], [], "o", color=GREY, label="validation loss")
     if comparable(runs):
@@ -106,7 +106,7 @@ def _draw_losses(axes: Any, runs: list[Run]) -> None:
 
 
 def _limit_losses(axes: Any, runs: list[Run]) -> None:
-    """Leave the fall of the first updates outside the panel where it would squash the rest."""
+    """Leave the fall of the first steps outside the panel where it would squash the rest."""
     losses = [points(run, kind, "loss").values for kind in ("train", "val") for run in runs]
     losses = [values for values in losses if len(values)]
     if not losses:
@@ -202,7 +202,7 @@ def color_of(i: int) -> str:
 
 
 def _draw_noisy(axes: Any, runs: list[Run], key: str, label: str) -> None:
-    """Draw what was logged at every update: smoothed, and faintly as it is when a run is alone."""
+    """Draw what was logged at every step: smoothed, and faintly as it is when a run is alone."""
     for i, run in enumerate(runs):
         series, name = points(run, "train", key), run.name
         if len(runs) == 1:

@@ -29,8 +29,8 @@ from benchmark import (
     require_examples,
     require_gpt2_vocabulary,
 )
+from corpus.tokenizer import Tokenizer
 from likelihood import Scores, share
-from tokenizer import Tokenizer
 
 ENDINGS = 4
 

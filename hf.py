@@ -16,21 +16,19 @@ from typing import Annotated
 
 import tyro
 
-import checkpoint
 import hf_import
 import hub
-from command_line import parse, run_script
 from config import UserError
-from counts import parameter_count
+from corpus.shards import MANIFEST, Manifest, find_data, manifest_sha256, read_manifest
+from corpus.tokenizer import Tokenizer
 from evaluate import identify, read_evals
 from hf_card import Training, model_card
 from hf_configs import OWN, Saved, architecture_of
 from hf_export import check_replaceable, write_export
-from logs import read_config
-from manifests import MANIFEST, Manifest, find_data, manifest_digest, read_manifest
+from metrics import newest_scores
 from model import GPT
-from sample import find, load, tokenizer_of
-from tokenizer import Tokenizer
+from training import checkpoint
+from utils import load_config, parse, run_script
 
 EXPORTS = Path("exports")
 
@@ -103,7 +101,7 @@ def publish_data(directory: Path, options: Options) -> None:
 
 def collect(source: str, runs_dir: str) -> Exportable:
     """Return a model by any of its names; raises UserError when there is no such model."""
-    found = find(source, runs_dir)
+    found = hf_import.find_model(source, runs_dir)
     if isinstance(found, Path) and not hf_import.is_saved_model(found):
         return from_checkpoint(found, runs_dir)
     return from_transformers(str(found))
@@ -111,9 +109,9 @@ def collect(source: str, runs_dir: str) -> Exportable:
 
 def from_checkpoint(path: Path, runs_dir: str) -> Exportable:
     """Return the model of a checkpoint, and what is known of its training."""
-    model, tokenizer, begins_with_eot = load(str(path), runs_dir)
+    model, tokenizer, begins_with_eot = hf_import.open_model(str(path), runs_dir)
     run, state = path.resolve().parent.parent, checkpoint.read_state(path)
-    config = read_config(run)
+    config = load_config(run)
     alphabet = getattr(tokenizer, "alphabet", None)
     saved = Saved(
         model.config,
@@ -124,8 +122,8 @@ def from_checkpoint(path: Path, runs_dir: str) -> Exportable:
     )
     source = identify(str(path), runs_dir)
     evals = read_evals(source).get(source.key, {})
-    manifest = training_data(config.data, state.get("data_manifest_sha256"))
-    training = Training(config, state, evals, manifest)
+    manifest = training_data(config.data, state.get("data_sha256"))
+    training = Training(config, state, evals, newest_scores(run, state["step"]), manifest)
     return Exportable(f"{run.name}-{path.name}", model, saved, tokenizer, training)
 
 
@@ -133,7 +131,7 @@ def training_data(data: str, digest: str | None) -> Manifest | None:
     """Return the manifest of a run's data, or None when that is not here, or is another now."""
     try:
         directory = find_data(data)
-        return read_manifest(directory) if manifest_digest(directory) == digest else None
+        return read_manifest(directory) if manifest_sha256(directory) == digest else None
     except UserError:
         return None
 
@@ -147,7 +145,7 @@ def from_transformers(source: str, read_pickle: bool = False) -> Exportable:
     directory = path.parent if path.is_file() else path
     model, saved = hf_import.load(str(path), read_pickle)
     try:
-        tokenizer = tokenizer_of(saved, source, directory)
+        tokenizer = hf_import.tokenizer_of(saved, source, directory)
     except UserError as error:
         print(f"Without a tokenizer: {error}", file=sys.stderr)
         tokenizer = None
@@ -165,7 +163,7 @@ def description(out: Path, made: Exportable) -> str:
     trust = ", trust_remote_code=True" if kind == OWN else ""
     named = f"a {kind} of transformers" if kind != OWN else "a model with its own modeling file"
     return (
-        f"{out}: {named}, {parameter_count(made.saved.model):,} parameters.\n"
+        f"{out}: {named}, {made.saved.model.num_params:,} parameters.\n"
         f'Open it with AutoModelForCausalLM.from_pretrained("{out}"{trust}), or here with '
         f"`python sample.py {out} --prompt TEXT`."
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from counts import parameter_count
+from corpus.shards import Manifest
 from hf_configs import OWN, Saved, architecture_of
-from manifests import Manifest
 from metrics import aligned, score_text
 
 
@@ -26,6 +25,8 @@ class Training:
     state: dict[str, Any]
     # Results of evaluate.py by task.
     evals: dict[str, Any]
+    # The newest eval line of each task in metrics.jsonl, up to the checkpoint's step.
+    scores: dict[str, dict[str, Any]]
     # None when the data is not here, or another than it was trained on.
     manifest: Manifest | None
 
@@ -56,12 +57,12 @@ def _shape(saved: Saved) -> str:
     differing = [
         f"{name} {value}"
         for name, value in (
-            *(("positions", model.positions), ("norm", model.norm)),
+            *(("positions", model.pos_emb), ("norm", model.norm)),
             *(("activation", model.activation), ("biases", "yes" if model.bias else "no")),
         )
     ]
     return (
-        f"A GPT of {parameter_count(model):,} parameters: {model.n_layer} blocks, "
+        f"A GPT of {model.num_params:,} parameters: {model.n_layer} blocks, "
         f"{model.n_head} heads, width {model.n_embd}, context {model.block_size:,}, "
         f"{model.vocab_size:,} token ids; {', '.join(differing)}. Its architecture is {known}.\n"
     )
@@ -74,17 +75,17 @@ def _training(training: Training) -> str:
         "recipe, size": f"`{config.recipe}`, `{config.size}`",
         # Where it lies is nobody's business.
         "data": f"`{Path(config.data).name}`",
-        "updates": f"{state['step']:,} of {train.updates:,}" if train.updates else state["step"],
-        "tokens in an update": f"{train.tokens_per_update:,}",
-        "tokens trained on": f"{state['step'] * train.tokens_per_update:,}",
-        "order, seed": f"{train.order}, {train.seed}",
+        "steps": f"{state['step']:,} of {train.steps:,}" if train.steps else state["step"],
+        "tokens in a step": f"{train.batch_tokens:,}",
+        "tokens trained on": f"{state['step'] * train.batch_tokens:,}",
+        "shuffle, seed": f"{train.shuffle}, {train.seed}",
     }
     if manifest is not None:
         source = ", ".join(f"{key} {value}" for key, value in manifest.source.items() if value)
         facts["source of the data"] = source[:300]
         facts["tokens in its training split"] = f"{manifest.tokens('train'):,}"
-    if state.get("data_manifest_sha256"):
-        facts["sha256 of its manifest"] = f"`{state['data_manifest_sha256']}`"
+    if state.get("data_sha256"):
+        facts["sha256 of its manifest"] = f"`{state['data_sha256']}`"
     rows = [{"": name, "training": str(value)} for name, value in facts.items()]
     return f"## Training\n\n{aligned(rows)}\n"
 
@@ -101,9 +102,9 @@ def _losses(training: Training) -> str:
 def _evaluations(training: Training) -> str:
     """Return a table of every score there is, those of evaluate.py before those of training."""
     scores = {task: result.get("metrics", {}) for task, result in training.evals.items()}
-    for task, metrics in (training.state.get("scores") or {}).items():
-        later = {name: value for name, value in metrics.items() if name != "step"}
-        scores.setdefault(f"{task} (after update {metrics.get('step')})", later)
+    for task, line in training.scores.items():
+        metrics = {name: value for name, value in line.items() if name != "seconds"}
+        scores.setdefault(f"{task} (after step {line['step']})", metrics)
     rows = [
         {
             "task": task,
@@ -128,7 +129,7 @@ def _use(saved: Saved) -> str:
     mask = ""
     if saved.model.document_mask:
         mask = (
-            "It was trained on windows in which a token does not see earlier documents. Its "
+            "It was trained on sequences in which a token does not see earlier documents. Its "
             "`forward` does the same, but not `generate`, which takes all for one document.\n\n"
         )
     begin = '"<|endoftext|>" + ' if saved.begins_with_eot else ""

@@ -13,12 +13,12 @@ model it was. What a file says is only believed where all of it agrees.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import ModelConfig, UserError
-from config_file import model_from_json
+from config import ModelConfig, UserError, decode
 
 KEY = "gpt2_reproduction"
 # The model type of what none of the stock architectures is.
@@ -54,8 +54,8 @@ SIZES["gpt_neox"] = SIZES["llama"]
 # What these architectures are in our words.
 PARTS = {
     "gpt2": {},
-    "gpt_neox": {"positions": "rotary"},
-    "llama": {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+    "gpt_neox": {"pos_emb": "rope"},
+    "llama": {"pos_emb": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
 }
 
 # Values that a stock file must have to be a model of ours, the first of them being the one that is
@@ -117,9 +117,9 @@ def architecture_of(model: ModelConfig) -> str:
         if kind != "llama":
             # Biases that are not there are zeros there.
             parts = {**parts, "bias": model.bias}
-        sizes = {field: getattr(model, field) for field in SIZES[kind]}
-        dropped = {"dropout": model.dropout, "attention_dropout": model.attention_dropout}
-        if model == ModelConfig(**sizes, **parts, **dropped):
+        free = (*SIZES[kind], "dropout", "attention_dropout")
+        plain = dataclasses.asdict(ModelConfig()) | {name: getattr(model, name) for name in free}
+        if dataclasses.asdict(model) == plain | parts:
             return kind
     return OWN
 
@@ -132,7 +132,7 @@ def to_json(saved: Saved) -> dict[str, Any]:
         attention_dropout = model.attention_dropout
     if kind == OWN:
         settings = {**dataclasses.asdict(model), "mlp_width": model.mlp_width}
-        settings["tie_word_embeddings"] = model.tied
+        settings["tie_word_embeddings"] = model.tie_embeddings
         file = MODELING_FILE.removesuffix(".py")
         settings["auto_map"] = {
             "AutoConfig": f"{file}.GPTConfig",
@@ -185,7 +185,7 @@ def from_json(raw: dict[str, Any], path: Path) -> Saved:
     if kind == OWN:
         defaults = dataclasses.asdict(ModelConfig())
         _compare(path, {name: raw.get(name, value) for name, value in defaults.items()}, saved)
-        _compare(path, {"tied": raw.get("tie_word_embeddings", True)}, saved)
+        _compare(path, {"tie_embeddings": raw.get("tie_word_embeddings", True)}, saved)
         _require_equal(path, kind, "mlp_width", raw.get("mlp_width"), saved.model.mlp_width)
     else:
         _compare(path, {field: raw.get(name) for field, name in SIZES[kind].items()}, saved)
@@ -225,7 +225,12 @@ def _read_key(raw: Any, path: Path) -> Saved:
         and isinstance(tokenizer["alphabet"], str | None)
     ):
         raise UserError(f"{where}.tokenizer cannot be {str(tokenizer)[:80]}.")
-    return Saved(**{**raw, "model": model_from_json(raw["model"], where)})
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    stored = raw["model"] if isinstance(raw["model"], dict) else {}
+    unknown = [name for name in stored if name not in known]
+    if unknown:
+        raise UserError(f"{where}.model has a field this version does not know: {unknown[0]}.")
+    return Saved(**{**raw, "model": decode(json.dumps(raw["model"]), ModelConfig, where)})
 
 
 def _stock_model(raw: dict[str, Any], kind: str, path: Path) -> ModelConfig:

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from config import UserError
-from files import sync_directory
+from corpus.tokenizer import Tokenizer
 from hf_configs import KEY, MODELING_FILE, OWN, Saved, architecture_of, to_json
 from hf_layouts import to_transformers
 from hf_tokenizer import tokenizer_files
 from model import GPT
-from tokenizer import Tokenizer
+from utils import sync_directory
 
 MODELING = Path(__file__).parent / "assets" / MODELING_FILE
 # What an export consists of, and what evaluate.py adds.

@@ -2,6 +2,7 @@
 
     load("gpt2") -> (GPT, Saved)             from the hub: HUB_NAMES, or owner/name
     load("some/dir") -> (GPT, Saved)         a directory that transformers or hf.py wrote
+    open_model(MODEL) -> (model, tokenizer, ...)   any of these, a run or a checkpoint
 
 Weights are read as safetensors, with no need of transformers. A pickle can run code, so one is only
 read where a person asked for it, and then by `torch.load(weights_only=True)`, which runs none.
@@ -15,14 +16,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import hub
 from config import ModelConfig, UserError
+from corpus.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 from hf_configs import Saved, from_json
 from hf_layouts import from_transformers
+from hf_tokenizer import check_vocabulary
 from model import GPT
 from modern import build_model
+from training import checkpoint
+from utils import find_run
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONFIG = "config.json"
@@ -189,3 +194,65 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 "not loaded; save the model's state_dict alone."
             )
     return found
+
+
+# --- models by name ---
+
+
+def open_model(source: str, runs_dir: str = "runs") -> tuple[nn.Module, Tokenizer, bool]:
+    """Return (model on the CPU, its tokenizer, whether its documents begin with <|endoftext|>).
+
+    Raises UserError when there is no such model, as `find_model` does, or it cannot be read.
+    """
+    found = find_model(source, runs_dir)
+    if isinstance(found, Path) and not is_saved_model(found):
+        return *checkpoint.load_run_model(found), True
+    # A hub model is fetched once, and read from where it lies.
+    directory = find_directory(str(found))
+    model, saved = load(str(directory))
+    return model, tokenizer_of(saved, source, directory), saved.begins_with_eot
+
+
+def find_model(source: str, runs_dir: str = "runs") -> Path | str:
+    """Return the directory of a checkpoint or of a transformers model, or the name of a hub model.
+
+    A run, by path or name, stands for its newest checkpoint and comes before a hub model of the
+    same name. Raises UserError when there is no such model.
+    """
+    path = Path(source)
+    if (path / "state.json").is_file() or is_saved_model(path):
+        return path
+    try:
+        run = find_run(source, runs_dir)
+    except UserError as error:
+        if path.is_file():
+            refuse_file(path)
+        # The name of a run that is not there should not set out for the network.
+        on_hub = names_repository(source) and path.parent != Path(runs_dir)
+        if on_hub or source in HUB_NAMES:
+            return source
+        raise UserError(
+            f"{error} Nor is it a checkpoint, a directory saved by transformers, "
+            f"or one of {', '.join(HUB_NAMES)}."
+        ) from None
+    newest = checkpoint.newest(run)
+    if newest is None:
+        raise UserError(f"The run {run} has no complete checkpoint yet.")
+    return newest
+
+
+def tokenizer_of(saved: Saved, source: str, directory: Path) -> Tokenizer:
+    """Return the tokenizer of a model of transformers that `source` names, in `directory`.
+
+    That of a model that is not ours is GPT-2's. Raises UserError when it has another vocabulary,
+    so that its tokens cannot be turned into text.
+    """
+    tokenizer = load_tokenizer(**saved.tokenizer) if saved.tokenizer else gpt2_tokenizer()
+    if saved.model.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{source} has {saved.model.vocab_size} token ids, but its tokenizer, "
+            f"{tokenizer.name}, has {tokenizer.vocab_size}, so its tokens cannot be turned into "
+            "text."
+        )
+    check_vocabulary(directory, tokenizer)
+    return tokenizer

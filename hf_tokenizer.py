@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from tokenizer import END_OF_TEXT, RANK_FILE, GPT2Tokenizer, Tokenizer, read_ranks
+from corpus.tokenizer import END_OF_TEXT, RANK_FILE, GPT2Tokenizer, Tokenizer, read_ranks
 
 
 def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, str]:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from config import UserError
-from files import locked, sync_directory
-from manifests import MANIFEST, Manifest, manifest_digest, read_manifest
-from shards import check_shard
+from corpus.shards import MANIFEST, Manifest, check_shard, manifest_sha256, read_manifest
 from sources import reach_hub
+from utils import locked, sync_directory
 
 Kind = Literal["model", "dataset"]
 # Seconds to wait for the hub's first answer; its client would try again and again.
@@ -161,7 +160,7 @@ def push_shards(directory: Path, repository: str, private: bool = False) -> str:
     as `push` does.
     """
     manifest = read_manifest(directory)
-    if manifest_digest(directory) is None:
+    if not (directory / MANIFEST).is_file():
         raise UserError(
             f"{directory} has no {MANIFEST}, by which whoever fetches it could tell that it is "
             "whole; prepare the data with `python load_fineweb.py`."
@@ -187,7 +186,7 @@ def fetch_shards(repository: str, revision: str | None, out: Path) -> Manifest:
         return _already_there(repository, revision, out)
     partial = out.with_name(f".{out.name}.fetched")
     partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial):
+    with locked(partial / ".lock"):
         _fetch_into(partial, repository, revision, [MANIFEST])
         manifest = _read_fetched(partial, repository)
         _fetch_into(partial, repository, revision, _shard_patterns(manifest))
@@ -210,7 +209,7 @@ def _shard_patterns(manifest: Manifest) -> list[str]:
 def _already_there(repository: str, revision: str | None, out: Path) -> Manifest:
     """Return the manifest of `out` if it is the repository's; raises UserError if it is not."""
     directory = fetch(repository, "dataset", [MANIFEST], revision)
-    if manifest_digest(out) is not None and manifest_digest(out) == manifest_digest(directory):
+    if (out / MANIFEST).is_file() and manifest_sha256(out) == manifest_sha256(directory):
         return read_manifest(out)
     raise UserError(f"{out} holds something else already; name another directory with --out.")
 

@@ -33,8 +33,8 @@ from benchmark import (
     search,
     store,
 )
+from corpus.tokenizer import Tokenizer
 from likelihood import Scores, perplexity, share
-from tokenizer import Tokenizer
 
 OPENAI = WebFile(
     path="lambada/lambada_test.jsonl",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import UserError
-from tokenizer import Tokenizer
+from corpus.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

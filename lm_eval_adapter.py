@@ -23,15 +23,14 @@ import torch
 import torch.distributed as dist
 
 from config import UserError
-from devices import autocast
-from distributed import World, barrier
-from generate import generate
+from corpus.tokenizer import END_OF_TEXT, Tokenizer
 from likelihood import Request, Scores
 from packing import plan
-from recipes import check_name
+from sample import generate
 from scoring import Scorer
-from tokenizer import END_OF_TEXT, Tokenizer
 from tqdm_bars import EvaluationBar
+from training.distributed import DistInfo, autocast, barrier
+from utils import check_name
 
 # New tokens where a task does not say how many at most, as for the harness's own models.
 NEW_TOKENS = 256
@@ -84,13 +83,13 @@ class Answers:
         return [float(next(found).logprobs[0]) if len(text) else 0.0 for text in texts]
 
     def _score(self, name: str, requests: list[Request]) -> list[Scores]:
-        world, vocab_size = self.scorer.world, self.scorer.model.config.vocab_size
+        info, vocab_size = self.scorer.info, self.scorer.model.config.vocab_size
         few_shapes = self.scorer.few_shapes
         laid_out = plan(requests, self.max_length, self.batch_tokens, vocab_size, few_shapes)
-        with EvaluationBar(name, len(requests), "request", not world.is_main) as bar:
+        with EvaluationBar(name, len(requests), "request", not info.is_main) as bar:
 
             def progress(done: list[int], scores: list[Scores]) -> bool:
-                bar.update(min(len(done) * world.size, bar.total - bar.n))
+                bar.update(min(len(done) * info.world_size, bar.total - bar.n))
                 return False
 
             return self.scorer.score(laid_out, on_progress=progress)
@@ -102,17 +101,17 @@ class Answers:
         writes. Raises UserError when that leaves none of it, and for a way to choose tokens that
         `generate` does not have.
         """
-        world = self.scorer.world
-        mine = range(world.rank, len(requests), world.size)
+        info = self.scorer.info
+        mine = range(info.rank, len(requests), info.world_size)
         texts = {}
-        with EvaluationBar("texts", len(mine), "request", not world.is_main) as bar:
+        with EvaluationBar("texts", len(mine), "request", not info.is_main) as bar:
             for i in mine:
                 texts[i] = self._write(*requests[i].args, seed=i)
                 bar.update()
-        parts = [texts] * world.size
-        if world.size > 1:
+        parts = [texts] * info.world_size
+        if info.world_size > 1:
             dist.all_gather_object(parts, texts)
-        return [parts[i % world.size][i] for i in range(len(requests))]
+        return [parts[i % info.world_size][i] for i in range(len(requests))]
 
     def _write(self, prompt: str, options: dict[str, Any], seed: int) -> str:
         """Return the text after one prompt; `options` are a task's generation_kwargs."""
@@ -135,7 +134,7 @@ class Answers:
             self.eot_token_id,
         )
         written, text = [], ""
-        with autocast(self.scorer.world.device, self.scorer.dtype):
+        with autocast(self.scorer.info.device, self.scorer.dtype):
             for (token,) in steps:
                 if token == self.eot_token_id:
                     break
@@ -213,7 +212,7 @@ def generation_options(asked: dict[str, Any]) -> tuple[dict[str, Any], list[str]
     return options, [stop for stop in (*options["until"], END_OF_TEXT) if stop]
 
 
-def load_tasks(names: str, world: World) -> dict[str, Any]:
+def load_tasks(names: str, info: DistInfo) -> dict[str, Any]:
     """Return the harness's tasks and groups of tasks, by their names with commas between them.
 
     A name may hold * for any characters. Raises UserError when the package is missing, for unknown
@@ -225,7 +224,7 @@ def load_tasks(names: str, world: World) -> dict[str, Any]:
     if not wanted:
         raise UserError("--lm-eval names no task; try --lm-eval hellaswag,lambada_openai.")
     _check_hub()
-    with quiet(world):
+    with quiet(info):
         from lm_eval.tasks import TaskManager
 
         # This reads ten thousand small files, which takes a while.
@@ -236,7 +235,7 @@ def load_tasks(names: str, world: World) -> dict[str, Any]:
                 check_name(name, manager.all_tasks, "task of lm-evaluation-harness")
             matches += manager.match_tasks([name])
         # One process fetches the data, and the others find it in the cache.
-        tasks = _load(manager, matches) if world.is_main else None
+        tasks = _load(manager, matches) if info.is_main else None
         barrier()
         return tasks or _load(manager, matches)
 
@@ -275,12 +274,12 @@ def _check_hub(seconds: float = 5) -> None:
 
 
 @contextlib.contextmanager
-def quiet(world: World) -> Iterator[None]:
+def quiet(info: DistInfo) -> Iterator[None]:
     """Silence what the harness says besides bars and errors, and on all processes but one these."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        if not world.is_main:
+        if not info.is_main:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
 
@@ -295,7 +294,7 @@ def run_harness(
     """
     from lm_eval import evaluate
 
-    with quiet(model.scorer.world):
+    with quiet(model.scorer.info):
         return evaluate(model, tasks, limit=limit, log_samples=samples, bootstrap_iters=BOOTSTRAPS)
 
 

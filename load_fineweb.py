@@ -23,14 +23,15 @@ import numpy as np
 
 from chunks import CHUNK_BYTES, Chunk
 from config import UserError
+from corpus.shards import DATA_DIR, Manifest
+from corpus.tokenizer import GPT2Tokenizer, gpt2_tokenizer
 from hub import fetch_shards, is_repository
 from left_out import LeftOut
-from manifests import DATA_DIR, Manifest
 from preparation import agreed, check_disk, claimed, read_previous, size, token_count, totals
 from sources import PYDOCS as PYDOCS
 from sources import Source, open_source, source_name
-from tokenizer import GPT2Tokenizer, gpt2_tokenizer
 from tqdm_bars import PreparationBar
+from utils import parse, run_script
 from workers import cores, tokenized
 from writer import ShardWriter
 
@@ -74,9 +75,6 @@ class Terminated(KeyboardInterrupt):
 
 def main() -> None:
     """Prepare what the command line asks for."""
-    # Not at the top, because every worker process imports this module, and none parses options.
-    from command_line import parse
-
     signal.signal(signal.SIGTERM, _terminate)
     # A shell without job control lets what it starts in the background ignore this one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -249,6 +247,4 @@ def _write_shards(
 
 
 if __name__ == "__main__":
-    from command_line import run_script
-
     run_script(main)

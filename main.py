@@ -1,7 +1,7 @@
 """Command line -> config -> train.
 
-    python main.py [RECIPE] [--size SIZE] [--data DIR_OR_NAME] [--name RUN] [--group.field value]
-    python main.py --resume RUN [--group.field value]
+    python main.py [RECIPE] [--size SIZE] [--data NAME_OR_DIR] [--name RUN] [--group.field value]
+    python main.py --resume RUN | ... --auto-resume | ... --init-from MODEL | ... --plan
     torchrun --standalone --nproc_per_node=8 main.py ...
 
 Defaults < size < recipe < what is typed. `resolve` reads the command line, `launch` does it.
@@ -10,79 +10,64 @@ Defaults < size < recipe < what is typed. `resolve` reads the command line, `lau
 import contextlib
 import dataclasses
 import os
+import re
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import tyro
 
-import load_fineweb
-import plan
+import config as c
 import recipes
-from checks import validate
-from command_line import parse, run_script
-from config import (
-    Config,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-    accumulation_steps,
-    changed_identity,
-    flatten,
-    replace,
-    total_updates,
-)
-from documents import build_index
-from files import locked
-from logs import create_run, read_config, run_directory
-from manifests import DATA_DIR, find_data, manifest_digest, read_manifest
-from rows import training_windows
-from shards import TokenStream
-from summary import resume_command, summary
-from tasks import TASKS
-from trackers import check_trackers
-from verify import verify_data
+from config import Config, UserError, replace
+from corpus.shards import find_data, read_manifest
+from training import setup
+from training.setup import PYDOCS, complete_config, plan, resume_command, with_micro_batch
+from utils import check_name, find_run, load_config, locked, parse, printable, run_script
 
-if TYPE_CHECKING:
-    from distributed import World
+# Of a model, what its weights do not depend on, and what a recipe leaves to the size.
+FREE = ("dropout", "attention_dropout", "document_mask", "zero_init_proj")
+SIZED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+# What is typed is checked over the recipe's values, not over the defaults: no checks before that.
+class ModelOptions(c.ModelConfig):
+    def __post_init__(self) -> None: ...
+
+
+class OptimOptions(c.OptimConfig):
+    def __post_init__(self) -> None: ...
+
+
+class TrainOptions(c.TrainConfig):
+    def __post_init__(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Args:
     """Train a GPT-2 from token shards."""
 
     recipe: Annotated[str, tyro.conf.Positional] = ""
-    """What to train, gpt2 by default; or gpt2-baseline, gpt2-periodicity-fix, gpt2-lr-inc,
-    gpt2-global-datafix, gpt2-rope, gpt2-swiglu, gpt3-settings, modern, modern-untied, quickstart,
-    shakespeare-char. recipes.py says what each is, costs and gives."""
-    size: str = ""
-    """How big: nano, 124m, 350m, 774m or 1558m; the recipe's own by default."""
-    data: str = ""
-    """Directory of token shards, or its name under data/; the recipe's own by default."""
-    name: str = ""
-    """Name of the run directory; recipe and size by default."""
-    init: str = ""
-    """Begin with the weights of a run, a checkpoint, gpt2[-medium|-large|-xl], or a directory of
-    transformers, which also gives the model its shape."""
-    resume: str = ""
-    """Continue this run from its config.json and newest intact checkpoint."""
-    auto_resume: bool = False
-    """Continue the named run if it exists, start it otherwise (implied when torchrun restarts)."""
-    verify: bool = False
-    """Read all shards and compare their checksums first, not only their sizes and samples."""
-    plan: bool = False
-    """Say what the run would cost in operations, memory, time and disk, and start nothing."""
-    gpus: int | None = None
-    """GPUs to plan for; 8 by default, at nano 1."""
-    mfu: float | None = None
-    """Fraction of the GPUs' peak to plan with, 0.4 by default: an assumption."""
-    price: float | None = None
-    """What a GPU costs an hour, to plan with."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    """What to train: gpt2 (the default), gpt2-baseline, gpt2-periodicity-fix, gpt2-lr-inc,
+    gpt2-global-datafix, gpt2-rope, gpt2-swiglu, gpt3-settings, modern, modern-untied, quickstart
+    or shakespeare-char, which are documented in recipes.py."""
+    size: str = ""  # d2, d3, d4, d6, d8, nano, 124m, 350m, 774m, 1558m; or the recipe's own.
+    data: str = ""  # Directory of token shards, or its name under data/; or the recipe's own.
+    name: str = ""  # Name of the run directory; recipe and size by default.
+    init_from: str = ""
+    """Begin with the weights, and so the shape, of any MODEL: run, checkpoint, gpt2, hub name."""
+    resume: str = ""  # Continue this run from its config.json and newest intact checkpoint.
+    auto_resume: bool = False  # Continue the named run if it exists, else start it.
+    verify: bool = False  # Compare the checksums of all data first, not only while training.
+    plan: bool = False  # Say what the run would cost in FLOPs, memory, time, disk; start nothing.
+    gpus: int | None = None  # GPUs to plan for; by default 8, or 1 for sizes below 124m.
+    mfu: float = 0.4  # Fraction of the GPUs' peak to plan with: an assumption.
+    price: float | None = None  # What a GPU costs an hour, to plan with.
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
 
 
 @dataclass(frozen=True)
@@ -97,235 +82,178 @@ class Job:
 
 def main() -> None:
     """Train as the command line says, or only plan to."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if alone and (first := parse(Arguments, None, Arguments())).plan:
-        print(planned(None, first))
+    args, job = parse(Args), None
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    timeout = c.TrainConfig(timeout=args.train.timeout).timeout
+    if args.plan or os.environ.get("WORLD_SIZE", "1") == "1":
+        job = resolve(None, restarted)
+    if args.plan:
+        print(plan(job.config, args.gpus, args.mfu, args.price))
         return
-    job = resolve() if alone else resolve_together()
     # torch takes seconds to import; a typing mistake should not have to wait for it.
-    from distributed import join_world
+    from training.distributed import all_reduce_any, init_distributed, on_rank0
 
-    with join_world(job.config.train.device, job.config.train.timeout) as world:
-        launch(job, world)
-
-
-def planned(args: list[str] | None, first: Arguments) -> str:
-    """Return the plan of the run a command line asks for, whether or not it or its data exists."""
-    if first.resume:
-        config = _override(
-            args, first, read_config(run_directory(first.resume, first.train.runs_dir))
-        )
-    else:
-        config = new_config(args, first)
-    return plan.describe(config, first.gpus, first.mfu, first.price)
+    with init_distributed(timeout) as info:
+        if job is None:  # rank 0 decides for all, but each node counts its own restarts
+            restarted = all_reduce_any(restarted)
+            job = on_rank0(lambda: resolve(None, restarted))
+        config, step, complete = launch(job, info)
+    if info.is_main:  # nobody waits for rank 0 any more, so it may take its time
+        conclude(config, job.run, step, complete)
 
 
-def resolve_together() -> Job:
-    """Return the job that all processes have; raises UserError on all when one has none or another.
-
-    A node on which nothing died is told here that others were restarted: torchrun's own count of
-    restarts is each node's own.
-    """
-    from roll_call import ask, check_same, together
-
-    first = together("command", lambda: parse(Arguments, None, Arguments()))
-    seconds = first.train.timeout
-    restarts = ask("restarts", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), seconds)
-    job = together("job", lambda: resolve(restarted=max(restarts) > 0), seconds)
-    facts = {"the existing run": str(job.run) if job.resumes else None, **flatten(job.config)}
-    check_same("settings", facts, seconds)
-    return job
-
-
-def resolve(args: list[str] | None = None, restarted: bool = False) -> Job:
-    """Return the job a command line asks for; raises UserError for whatever does not fit.
-
-    A run that exists is continued when its processes were `restarted`. The schema is parsed twice:
-    once to learn recipe, size and run, then again with the config they imply as the defaults, so
-    that what is typed overrides it field by field.
-    """
-    first = parse(Arguments, args, Arguments())
-    if first.plan:
-        raise UserError(
-            "A plan is for one process; run python main.py ... --plan, without torchrun."
-        )
-    if (first.gpus, first.mfu, first.price) != (None, None, None):
-        raise UserError("--gpus, --mfu and --price are for a plan; add --plan, or leave them out.")
-    if first.resume:
-        return _continue(args, first, run_directory(first.resume, first.train.runs_dir))
-    config = new_config(args, first)
+def resolve(words: list[str] | None = None, restarted: bool = False) -> Job:
+    """Return the job a command line asks for; raises UserError for whatever does not fit."""
+    args = parse(Args, words)
+    if not args.plan and (args.gpus, args.price) != (None, None):
+        raise UserError("--gpus and --price are for a plan; add --plan, or leave them out.")
+    if args.resume:
+        return _continue(words, args, find_run(args.resume, args.train.runs_dir))
+    config = new_config(words, args)
     run = Path(config.train.runs_dir) / config.name
-    if not run.exists():
-        # The embedded corpus may have yet to be made, or finished; `launch` sees to it.
-        known = config if config.data == load_fineweb.PYDOCS else complete_config(config)
-        return Job(known, run, resumes=False, verifies=first.verify)
-    restarted = restarted or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if first.auto_resume or restarted:
-        return _continue(args, first, run_directory(str(run)))
+    if args.plan or not run.exists():
+        # The embedded corpus may have yet to be made, and a plan needs no data.
+        needs_data = config.data != PYDOCS and not args.plan
+        config = complete_config(config) if needs_data else config
+        return Job(config, run, resumes=False, verifies=args.verify)
+    if args.auto_resume or restarted:
+        return _continue(words, args, find_run(run))
     raise UserError(f"The run {run} exists; add --resume {config.name} or choose another --name.")
 
 
-def new_config(args: list[str] | None, first: Arguments) -> Config:
-    """Return the config of a run that begins, without what only its data can tell.
+def _continue(words: list[str] | None, args: Args, run: Path) -> Job:
+    """Return the job that continues `run`; raises UserError if what is typed would change it."""
+    stored = replace(load_config(run), {"train.stop_at_step": None})  # was that of an earlier start
+    given = {name: getattr(args, name) for name in ("recipe", "size", "data", "init_from")}
+    config = replace(_override(words, args, stored), {k: v for k, v in given.items() if v})
+    if changed := "; ".join(c.changed_fields(stored, config)):
+        other = f"The run {run} cannot go on with other settings ({changed}): they make it what it"
+        raise UserError(f"{other} is. Leave them out, or start another run with --name.")
+    return Job(config, run, resumes=True, verifies=args.verify)
 
-    `first` is what `args` say without the defaults that their recipe and size imply.
-    """
-    base = recipes.build(first.recipe or "gpt2", first.size or None)
+
+def new_config(words: list[str] | None, args: Args) -> Config:
+    """Return the config of a run that begins, without what only its data can tell."""
+    base = recipes.build(args.recipe or "gpt2", args.size or None)
+    base = _with_shape_of_source(args, base) if args.init_from else base
     name = f"{base.recipe}-{base.size}"
-    if first.init:
-        # torch, which this needs, takes seconds to import.
-        import start
-
-        base = replace(base, {"train.runs_dir": first.train.runs_dir})
-        base = start.with_shape_of(first.init, base, first.size)
-        config = _override(args, first, base)
-        start.check_typed(config, base)
-        name = f"{base.recipe}-{base.size}-from-{Path(first.init).name}"
-    else:
-        config = _override(args, first, base)
-    config = replace(config, {"name": first.name or name})
-    if Path(config.name).name != config.name or config.name.startswith("."):
-        raise UserError(f"--name {config.name} is not a plain name; --train.runs-dir says where.")
+    name += f"-from-{Path(args.init_from).name}" if args.init_from else ""
+    config = _override(words, args, replace(base, {"name": args.name or name}))
+    for key, value in vars(base.model).items() if args.init_from else ():
+        asked = getattr(config.model, key)
+        fewer = key == "block_size" and (asked <= value or config.model.pos_emb == "rope")
+        if asked != value and key not in FREE and not fewer:
+            source = f"{args.init_from}, which has {value}"
+            raise UserError(f"model.{key} {asked} does not fit {source}; leave it out.")
+    if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", config.name):
+        plain = "is not 1 to 100 letters, digits, dots, dashes and underscores"
+        raise UserError(f"--name {config.name} {plain}; --train.runs-dir says where it lies.")
     return config
 
 
-def _continue(args: list[str] | None, first: Arguments, run: Path) -> Job:
-    """Return the job that continues `run`; raises UserError if what is typed would change it."""
-    stored = read_config(run)
-    given = {name: getattr(first, name) for name in ("recipe", "size", "data", "init")}
-    config = replace(_override(args, first, stored), {n: v for n, v in given.items() if v})
-    changed = changed_identity(stored, config)
-    if changed:
-        raise UserError(
-            f"The run {run} cannot go on with other settings ({'; '.join(changed)}): they make "
-            "it what it is. Leave them out, or start another run with --name."
-        )
-    if config.data != load_fineweb.PYDOCS:
-        find_data(config.data)
-    return Job(config, run, resumes=True, verifies=first.verify)
+def _with_shape_of_source(args: Args, base: Config) -> Config:
+    """Return a recipe's config with the shape of the model that --init-from names.
+
+    Without --size, batch, budget and intervals are those of the largest size that is not larger.
+    """
+    from sample import load
+
+    found, default = load(args.init_from, args.train.runs_dir)[0].config, c.ModelConfig()
+    if not args.size:
+        same_ids = {"model.vocab_size": found.vocab_size}
+        models = {size: replace(recipes.build("gpt2", size), same_ids) for size in recipes.SIZES}
+        counts = sorted((config.model.num_params, size) for size, config in models.items())
+        fitting = [size for count, size in counts if count <= found.num_params]
+        base = recipes.build(base.recipe, fitting[-1] if fitting else counts[0][1])
+    for name, value in vars(found).items():
+        asked = getattr(base.model, name)
+        if name not in (*FREE, *SIZED) and asked not in (value, getattr(default, name)):
+            other = f"model.{name} {asked}, but {args.init_from} has {value}"
+            raise UserError(f"{base.recipe} has {other}; choose a recipe that leaves it as it is.")
+    kept = {name: getattr(base.model, name) for name in FREE}
+    whole = max(base.train.batch_tokens // found.block_size, 1) * found.block_size
+    changes = {"model": dataclasses.replace(found, **kept), "train.batch_tokens": whole}
+    return replace(base, {**changes, "init_from": args.init_from})
 
 
-def _override(args: list[str] | None, first: Arguments, base: Config) -> Config:
-    """Return `base` with the fields that are typed."""
-    given = parse(Arguments, args, _with_defaults(first, base))
-    config = replace(base, {"model": given.model, "optim": given.optim, "train": given.train})
-    if first.data:
-        config = replace(config, {"data": first.data})
-    validate(config)
+def _override(words: list[str] | None, args: Args, base: Config) -> Config:
+    """Return `base` with what is typed: the command line parsed again, over `base`."""
+    from tasks import TASKS
+    from training.trackers import check_trackers
+
+    options = {"model": ModelOptions(**vars(base.model)), "optim": OptimOptions(**vars(base.optim))}
+    options["train"] = TrainOptions(**vars(base.train))
+    given = parse(Args, words, dataclasses.replace(args, **options))
+    groups = {"model": c.ModelConfig(**vars(given.model)), "data": args.data or base.data}
+    groups |= {"optim": c.OptimConfig(**vars(given.optim))}
+    config = replace(base, {**groups, "train": c.TrainConfig(**vars(given.train))})
     for name in config.train.eval_tasks:
-        recipes.check_name(name, TASKS, "benchmark")
+        check_name(name, TASKS, "benchmark")
     check_trackers(config.train.trackers)
     return config
 
 
-def _with_defaults(first: Arguments, base: Config) -> Arguments:
-    """Return the arguments with the groups of `base`, for what is typed to be laid over."""
-    return dataclasses.replace(first, model=base.model, optim=base.optim, train=base.train)
-
-
-def complete_config(config: Config) -> Config:
-    """Return the config with what its data decides: vocabulary and number of updates."""
-    manifest = read_manifest(find_data(config.data))
-    if config.init and manifest.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"{config.data} has a vocabulary of {manifest.vocab_size} ids, but {config.init} one "
-            f"of {config.model.vocab_size}; prepare the data with its tokenizer."
-        )
-    config = replace(config, {"model.vocab_size": manifest.vocab_size})
-    return replace(config, {"train.updates": total_updates(config, training_windows(config))})
-
-
-def launch(job: Job, world: "World") -> None:
-    """Train the job on this process, together with the others of `world`."""
-    from micro_batch import choose_micro_batch
-    from roll_call import on_main, together
+def launch(job: Job, info: Any) -> tuple[Config, int, bool]:
+    """Train with the other ranks; return the config, and the step reached and whether it is it."""
     from train import train
+    from training import checkpoint, distributed
+    from training.distributed import on_rank0
+    from training.logger import create_run
 
-    config, run, seconds = job.config, job.run, job.config.train.timeout
-    accumulation_steps(recipes.fit_micro_batch(config, world.size), world.size)
-    on_main("data", lambda: _prepare_data(job), seconds)
+    config, run = job.config, job.run
+    distributed.set_timeout(config.train.timeout)
+    info = distributed.choose_device(info, config.train.device)
+    on_rank0(lambda: setup.prepare_data(config.data, job.verifies))
     if not job.resumes:
-        config = together("config", lambda: complete_config(job.config), seconds)
-        _create_run(run, config)
-    # How an update is divided belongs to this start, not to the run: config.json does not fix it.
-    tries_micro_batch = config.train.micro_batch is None and world.device.type != "cpu"
-    config = choose_micro_batch(config, world)
+        on_rank0(lambda: _check_tokenizer(job.config) if config.init_from else None)
+        config = on_rank0(lambda: complete_config(job.config))
+    # How a step is divided belongs to this start, not to the run: config.json does not fix it.
+    divided = with_micro_batch(config, info.world_size, info.device.type)
+    tries_micro_batch = config.train.micro_batch_size is None and info.device.type != "cpu"
+    if not job.resumes:
+        on_rank0(lambda: create_run(run, config))
+    if distributed.all_reduce_any(not setup.sees(run / "config.json", info.world_size)):
+        if info.is_main and not job.resumes:  # so that its name is free again
+            shutil.rmtree(run)
+        raise UserError(f"Some ranks do not see {run}; give a --train.runs-dir that all share.")
     with contextlib.ExitStack() as stack:
-        # Only one process writes to a run, so only one needs to see that no other program does.
-        on_main("lock", lambda: stack.enter_context(locked(run)), seconds)
-        found = _newest_checkpoint(run, world, seconds) if job.resumes else None
-        if world.is_main:
-            print(summary(config, run, world), flush=True)
-        step, complete = train(config, run, world, found, tries_micro_batch)
-        if world.is_main and complete:
-            conclude(config, run, step)
-        elif world.is_main:
-            print(f"stopped after update {step}; continue with: {resume_command(config)}")
+        # Only rank 0 writes to a run, so only rank 0 needs to see that no other program does.
+        on_rank0(lambda: stack.enter_context(locked(run / "lock")))
+        found = on_rank0(lambda: checkpoint.newest(run)) if job.resumes else None
+        dtype = str(distributed.pick_dtype(config.train.dtype, info.device)).removeprefix("torch.")
+        distributed.print0(setup.summary(divided, run, info, dtype))
+        return config, *train(divided, run, info, found, tries_micro_batch)
 
 
-def _create_run(run: Path, config: Config) -> None:
-    """Make the run directory on one process, and see that all can see it and have the same data."""
-    from roll_call import check_same, on_main, see, together
+def _check_tokenizer(config: Config) -> None:
+    """Raise UserError unless the data's ids mean what they mean to the model begun with."""
+    from sample import load
 
-    seconds = config.train.timeout
-    check_same("data", {"the data": manifest_digest(find_data(config.data))}, seconds)
-    on_main("run", lambda: create_run(run, config), seconds)
-    try:
-        together("sight", lambda: see(run / "config.json", seconds), seconds)
-    except UserError:
-        # It would stand in the way of its name when the mistake is mended.
-        on_main("removal", lambda: shutil.rmtree(run), seconds)
-        raise
+    ours = read_manifest(find_data(config.data))
+    theirs = load(config.init_from, config.train.runs_dir)[1]
+    if (ours.tokenizer, ours.alphabet) != (theirs.name, getattr(theirs, "alphabet", None)):
+        raise UserError(
+            f"{config.data} has the ids of another tokenizer ({ours.tokenizer}) than "
+            f"{config.init_from} ({theirs.name}); prepare the data with that tokenizer."
+        )
 
 
-def _prepare_data(job: Job) -> None:
-    """Make, check and index the data, as far as the job asks for it, on one process."""
-    config = job.config
-    if config.data == load_fineweb.PYDOCS:
-        # The embedded corpus needs no download, so it is made when first asked for.
-        load_fineweb.prepare(load_fineweb.PYDOCS, DATA_DIR / config.data, quiet=True)
-    directory = find_data(config.data)
-    for split in ("train", "val"):
-        # Damage shows here, before there is a run directory.
-        TokenStream(directory, split)
-    if config.init and not job.resumes:
-        import start
-
-        start.check_data(config)
-    if job.verifies:
-        print(verify_data(directory), flush=True)
-    if config.train.order == "shuffle_documents" or config.train.rows == "padded":
-        build_index(directory, "train")
-
-
-def _newest_checkpoint(run: Path, world: "World", seconds: float) -> Path | None:
-    """Return the newest intact checkpoint, as the main process finds it and all see it."""
-    import checkpoint
-    from distributed import from_main
-    from roll_call import on_main, see, together
-
-    found = on_main("checkpoint", lambda: checkpoint.newest(run), seconds)
-    step = from_main(checkpoint.step_of(found) if found else -1, world)
-    if step < 0:
-        return None
-    path = checkpoint.checkpoint_path(run, step)
-    together("sight", lambda: see(path / checkpoint.STATE, seconds), seconds)
-    return path
-
-
-def conclude(config: Config, run: Path, step: int) -> None:
+def conclude(config: Config, run: Path, step: int, complete: bool) -> None:
     """Draw the figure and print samples, scores and the commands that follow after `step`."""
-    import results
+    if not complete:
+        print(f"stopped after step {step}; continue with: {resume_command(run)}", flush=True)
+        return
+    try:
+        import results
 
-    results.report([run])
-    again = f"{resume_command(config)}   (where a run was interrupted; this one is done)"
-    if step < config.train.updates:
-        again = resume_command(replace(config, {"train.stop_at": config.train.updates}))
-    print(
-        f"\nlook again   python results.py {run}\n"
-        f'write text   python sample.py {run} --prompt "{recipes.PROMPTS[0]}"\n'
-        f"continue     {again}"
-    )
+        results.report([run])
+    except Exception as error:
+        print(printable(f"There is no figure or sample ({type(error).__name__}: {error})."))
+    print(f"\nlook again   {shlex.join(['python', 'results.py', str(run)])}")
+    sample = ["python", "sample.py", str(run), "--prompt", recipes.PROMPTS[0]]
+    print(f"write text   {shlex.join(sample)}")
+    if step < config.train.steps:
+        print(f"continue     {resume_command(run)}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from config import Config, UserError, total_updates
-from logs import read_config
+from config import Config, UserError
+from utils import load_config
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """Updates done and planned; planned in epochs where only the data knows their length."""
+        """Steps done and planned; planned in epochs where only the data knows their length."""
         train, done = self.config.train, max(line["step"] for line in self.metrics)
-        if train.updates is None and train.epochs is not None:
+        if train.steps is None and train.epochs is not None:
             return f"{done:,} ({train.epochs:g} epochs)"
-        # The number of training windows matters for epochs only.
-        total = total_updates(self.config, windows=sys.maxsize)
-        early = train.stop_at is not None and train.stop_at <= done < total
+        # The number of training sequences matters for epochs only.
+        total = self.config.total_steps(sys.maxsize)
+        early = train.stop_at_step is not None and train.stop_at_step <= done < total
         return f"{done:,} of {total:,}" + (", stopped early" if early else "")
 
 
@@ -80,7 +80,7 @@ def read_run(directory: Path) -> Run:
                 raise UserError(f"{path}, line {number} is no metric line; delete it.") from error
     if not metrics:
         raise UserError(f"Run {directory} has no metrics yet; look again when it has begun.")
-    return Run(directory, read_config(directory), metrics)
+    return Run(directory, load_config(directory), metrics)
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -127,6 +127,16 @@ def scores(run: Run) -> dict[tuple[str, str], Points]:
     return {name: score for name, score in found.items() if len(score.steps)}
 
 
+def newest_scores(directory: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Return the newest eval line of each task up to `step`; {} for a run that has none."""
+    try:
+        lines = read_run(directory).metrics
+    except UserError:
+        return {}
+    found = (line for line in lines if line["kind"] == "eval" and line["step"] <= step)
+    return {line["task"]: line for line in sorted(found, key=lambda line: line["step"])}
+
+
 def is_share(metric: str) -> bool:
     """Say whether a metric is a share of right answers; the others are better the less they are."""
     return not any(word in metric for word in ("perplexity", "ppl", "loss", "bits", "bytes"))
@@ -141,8 +151,8 @@ def score_text(metric: str, value: float, error: float = 0.0) -> str:
     return f"{value:{form}}" + (f" ± {error:{form}}" if math.isfinite(error) and error else "")
 
 
-def least(series: Points) -> str:
-    """Return the least value and its step in words; "" when there is none."""
+def best(series: Points) -> str:
+    """Return the lowest value and its step in words; "" when there is none."""
     if not len(series.values):
         return ""
     return f"{series.values.min():.4f} at {series.steps[series.values.argmin()]:,}"

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from config import UserError
+from corpus.shards import TokenShards
+from corpus.tokenizer import Tokenizer, can_encode
 from curves import significant
 from likelihood import windows
 from model import GPT
 from sample import find, load
-from shards import TokenStream
-from tokenizer import Tokenizer, can_encode
 
 # Tokens of the validation split that are shown where no passage is given, and of any passage.
 DEFAULT_TOKENS, MOST_TOKENS = 400, 1000
@@ -54,18 +54,19 @@ def read_passage(given: str) -> str:
     return text
 
 
-def read_by_model(run: Path, text: str, stream: TokenStream | None) -> dict[str, Any]:
-    """Return what the run's newest checkpoint makes of `text`, or of how `stream` begins.
+def read_by_model(run: Path, text: str, shards: TokenShards | None) -> dict[str, Any]:
+    """Return what the run's newest checkpoint makes of `text`, or of how `shards` begins.
 
-    `stream` is the validation split, if it is here; without it and without text there is a
+    `shards` is the validation split, if it is here; without it and without text there is a
     paragraph of our own. Raises UserError where there is no checkpoint or the text has characters
     that the model does not know.
     """
     path = find(str(run))
     model, tokenizer, _ = load(str(path))
     source = "the text given with --passage"
-    if not text and stream is not None:
-        tokens = stream.read(0, min(DEFAULT_TOKENS + 1, len(stream))).astype(np.int64)
+    if not text and shards is not None:
+        count = min(DEFAULT_TOKENS + 1, len(shards))
+        tokens = shards.read(np.zeros(1, np.int64), count)[0].astype(np.int64)
         source = "the beginning of the validation split"
     else:
         if not text:

@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from config import UserError
-from files import locked
-from manifests import MANIFEST, Manifest, read_manifest, write_manifest
+from corpus.shards import MANIFEST, Manifest, read_manifest, write_manifest
 from sources import TEXT_FILES
+from utils import locked
 
 NPY_HEADER_BYTES = 128
 # What a kill in the middle of a write leaves behind. Other programs' temporary files may lie here
 # too, so the names are exact.
-TEMPORARIES = (f".{MANIFEST}.tmp", *(f".*_{split}_??????.npy.tmp" for split in ("val", "train")))
+RANDOM = 16 * "[0-9a-f]"
+TEMPORARIES = (
+    f".{MANIFEST}.{RANDOM}.tmp",
+    *(f".*_{split}_??????.npy.{RANDOM}.tmp" for split in ("val", "train")),
+)
+LOCK = ".lock"
 
 
 def read_previous(out: Path) -> Manifest | None:
@@ -61,7 +66,8 @@ def claimed(out: Path, wanted: Manifest) -> Iterator[Manifest]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
-        lock.enter_context(locked(out))
+        lock.enter_context(locked(out / LOCK))
+        lock.callback(_leave_no_lock, out, new)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}).") from error
     with lock:
@@ -74,7 +80,7 @@ def claimed(out: Path, wanted: Manifest) -> Iterator[Manifest]:
             yield manifest
         finally:
             remove_temporaries(out)
-            _leave_nothing(out, new)
+            _leave_no_manifest(out)
 
 
 def remove_temporaries(out: Path) -> None:
@@ -85,14 +91,18 @@ def remove_temporaries(out: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _leave_nothing(out: Path, new: bool) -> None:
+def _leave_no_manifest(out: Path) -> None:
     """Remove a manifest without shards, so that a mistake or another source can follow at once."""
     with contextlib.suppress(OSError, UserError):
         # A shard may be there before the manifest names it.
         if not any(out.glob("*.npy")) and not read_manifest(out).shards:
             (out / MANIFEST).unlink()
-    if new:
-        with contextlib.suppress(OSError):
+
+
+def _leave_no_lock(out: Path, new: bool) -> None:
+    with contextlib.suppress(OSError):
+        (out / LOCK).unlink()
+        if new:
             out.rmdir()
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import run_facts
 from config import UserError
+from corpus.shards import TokenShards
 from curves import baselines, curves
-from files import write_atomically
 from metrics import Run, read_run
-from shards import TokenStream
-from window_ranking import rank_windows
+from utils import write_atomically
+from window_ranking import rank_sequences
 
 ASSETS = Path(__file__).parent / "assets"
 # In this order, since they are one script in the page.
@@ -51,7 +51,7 @@ def single(run: Run) -> dict[str, Any]:
         "title": run.name,
         "baselines": baselines([run]),
         "runs": [_shown(run)],
-        "windows": _windows(run),
+        "sequences": _sequences(run),
     }
 
 
@@ -96,21 +96,21 @@ def _passage(run: Run, given: str, loads_model: bool) -> dict[str, Any]:
         return {"skipped": f"Left out: {error}"}
 
 
-def _windows(run: Run) -> dict[str, Any] | None:
-    """Return the ranked windows, None where none were logged, or a sentence on what is wrong."""
+def _sequences(run: Run) -> dict[str, Any] | None:
+    """Return the ranked sequences, None where none were logged, or a sentence on what is wrong."""
     try:
-        ranked = rank_windows(run, _split(run, "train"))
+        ranked = rank_sequences(run, _split(run, "train"))
     except UserError as error:
         return {"skipped": str(error)}
     missing = run_facts.data_directory(run)[1]
     return ranked and ranked | {"missing": missing}
 
 
-def _split(run: Run, split: str) -> TokenStream | None:
+def _split(run: Run, split: str) -> TokenShards | None:
     """Return one split of the run's data, or None where it is not here or not in order."""
     directory, _ = run_facts.data_directory(run)
     try:
-        return directory and TokenStream(directory, split)
+        return directory and TokenShards(directory, split)
     except UserError:
         return None
 

@@ -14,17 +14,15 @@ from pathlib import Path
 
 import tyro
 
-from command_line import parse, run_script
 from config import UserError
 from figures import draw
-from logs import run_directory
 from metrics import (
     Points,
     Run,
     aligned,
+    best,
     is_number,
     is_share,
-    least,
     newest_run,
     points,
     read_run,
@@ -33,6 +31,7 @@ from metrics import (
     short,
 )
 from report import write_comparison, write_report
+from utils import find_run, parse, run_script
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def main() -> None:
     options = parse(Options)
     names = options.runs or [str(newest_run(options.runs_dir))]
     # A run named twice is one run.
-    directories = [run_directory(name, options.runs_dir) for name in dict.fromkeys(names)]
+    directories = [find_run(name, options.runs_dir) for name in dict.fromkeys(names)]
     if options.report or options.compare:
         write_pages(directories, options)
     elif options.passage:
@@ -103,28 +102,28 @@ def _row(run: Run) -> dict[str, str]:
     last = ["", *(line["loss"] for line in run.metrics if line["kind"] == "val")][-1]
     clock = points(run, "train", "seconds")
     seconds = clock.values[-1] if len(clock.values) else 0
-    per_update = run.config.train.tokens_per_update
+    per_step = run.config.train.batch_tokens
     return {
         "run": run.name,
         "recipe": run.config.recipe,
         "size": run.config.size,
         "data": run.data,
-        "updates": run.progress,
-        "tokens": short(max(line["step"] for line in run.metrics) * per_update),
-        "least train loss (one update)": least(points(run, "train", "loss")),
-        "least val loss": least(points(run, "val", "loss")),
+        "steps": run.progress,
+        "tokens": short(max(line["step"] for line in run.metrics) * per_step),
+        "best train loss (one step)": best(points(run, "train", "loss")),
+        "best val loss": best(points(run, "val", "loss")),
         "last val loss": f"{last:.4f}" if is_number(last) else str(last),
-        "least bits per byte": least(points(run, "val", "bits_per_byte")),
+        "best bits per byte": best(points(run, "val", "bits_per_byte")),
         "training hours": f"{seconds / 3600:.3g}" if seconds else "",
-        "tokens/s": short(clock.steps[-1] * per_update / seconds) if seconds else "",
+        "tokens/s": short(clock.steps[-1] * per_step / seconds) if seconds else "",
         **{f"best {' '.join(name)}": _best(name[1], score) for name, score in scores(run).items()},
     }
 
 
 def _best(metric: str, score: Points) -> str:
     """Return the best value of a score with its standard error."""
-    best = score.values.argmax() if is_share(metric) else score.values.argmin()
-    return score_text(metric, float(score.values[best]), float(score.errors[best]))
+    i = score.values.argmax() if is_share(metric) else score.values.argmin()
+    return score_text(metric, float(score.values[i]), float(score.errors[i]))
 
 
 def print_samples(runs: list[Run], count: int) -> None:

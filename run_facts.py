@@ -1,5 +1,6 @@
 """What a run directory says of a run besides its curves, as tables of short texts for a page."""
 
+import contextlib
 import json
 import math
 import re
@@ -9,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from config import Config, UserError, flatten
-from counts import flops_per_token, parameter_count
-from logs import SAMPLES
-from manifests import find_data, manifest_digest, read_manifest
-from metrics import Run, is_number, is_share, least, points, score_text, scores, short
+from corpus.shards import find_data, manifest_sha256, read_manifest
+from metrics import Run, best, is_number, is_share, points, score_text, scores, short
 from published import published
 from recipes import RECIPES, SIZES, build
 
@@ -26,18 +25,18 @@ MOST_STEPS = 60
 
 def headline(run: Run) -> Rows:
     """Return the few numbers that one asks for first."""
-    rows = [("updates", run.progress)]
+    rows = [("steps", run.progress)]
     for label, kind, key in (
-        ("least validation loss", "val", "loss"),
-        ("least bits per byte", "val", "bits_per_byte"),
-        ("least loss of an update", "train", "loss"),
+        ("best validation loss", "val", "loss"),
+        ("best bits per byte", "val", "bits_per_byte"),
+        ("best loss of a step", "train", "loss"),
     ):
-        rows.append((label, least(points(run, kind, key))))
+        rows.append((label, best(points(run, kind, key))))
     for (task, metric), score in list(scores(run).items())[:1]:
-        best = score.values.argmax() if is_share(metric) else score.values.argmin()
-        text = score_text(metric, float(score.values[best]))
-        rows.append((f"best {task} {metric}", f"{text} at {score.steps[best]:,}"))
-    rows.append(("parameters", f"{parameter_count(run.config.model):,}"))
+        i = score.values.argmax() if is_share(metric) else score.values.argmin()
+        text = score_text(metric, float(score.values[i]))
+        rows.append((f"best {task} {metric}", f"{text} at {score.steps[i]:,}"))
+    rows.append(("parameters", f"{run.config.model.num_params:,}"))
     rows.append(("training time", duration(_last(points(run, "train", "seconds").values))))
     return [(label, text) for label, text in rows if text]
 
@@ -46,7 +45,7 @@ def remarks(run: Run) -> list[str]:
     """Return what a reader should know before reading on, in sentences."""
     found, lines = [], [line for line in run.metrics if line["kind"] == "train"]
     if not lines:
-        found.append("No update has been recorded yet.")
+        found.append("No step has been recorded yet.")
     for kind, name in (("train", "training"), ("val", "validation")):
         wrong = [
             line["step"]
@@ -55,16 +54,16 @@ def remarks(run: Run) -> list[str]:
         ]
         if wrong:
             found.append(
-                f"{len(wrong):,} {name} losses are not finite numbers, the first at update "
+                f"{len(wrong):,} {name} losses are not finite numbers, the first at step "
                 f"{min(wrong):,}: the run has diverged."
             )
-    done, total = max(line["step"] for line in run.metrics), run.config.train.updates
-    if total is not None and done < (run.config.train.stop_at or total):
-        found.append(f"It stands at update {done:,} of {total:,}: still running, or interrupted.")
-    started = read_json(run.directory / "environment.json").get("started_at_step")
+    done, total = max(line["step"] for line in run.metrics), run.config.train.steps
+    if total is not None and done < (run.config.train.stop_at_step or total):
+        found.append(f"It stands at step {done:,} of {total:,}: still running, or interrupted.")
+    started = _last_start(run).get("started_at_step")
     if is_number(started) and started > 0:
         found.append(
-            f"It was continued at update {started:,}; the environment is that of this last start."
+            f"It was continued at step {started:,}; the environment is that of this last start."
         )
     return found
 
@@ -72,18 +71,18 @@ def remarks(run: Run) -> list[str]:
 def counted(run: Run) -> Rows:
     """Return what was computed: parameters, tokens, operations, and how fast."""
     config, done = run.config, max(line["step"] for line in run.metrics)
-    tokens, cost = done * config.train.tokens_per_update, flops_per_token(config.model)
+    tokens, cost = done * config.train.batch_tokens, config.model.flops_per_token
     rows = [
-        ("parameters", f"{parameter_count(config.model):,}"),
+        ("parameters", f"{config.model.num_params:,}"),
         ("tokens trained on", f"{tokens:,}"),
-        ("tokens in an update", f"{config.train.tokens_per_update:,}"),
+        ("tokens in a step", f"{config.train.batch_tokens:,}"),
         ("operations a token", f"{cost:.4g} FLOP, forward and backward"),
         ("operations so far", f"{tokens * cost:.3g} FLOP"),
     ]
     clock = points(run, "train", "seconds")
     seconds = _last(clock.values)
     if seconds:
-        speed = clock.steps[-1] * config.train.tokens_per_update / seconds
+        speed = clock.steps[-1] * config.train.batch_tokens / seconds
         rows.append(("training time", f"{duration(seconds)}, without validation and the like"))
         rows.append(("mean speed", f"{speed:,.0f} tokens/s, {speed * cost:.3g} FLOP/s"))
     utilization = points(run, "train", "mfu").values
@@ -118,9 +117,9 @@ def written(value: Any) -> str:
 
 
 def environment(run: Run) -> Rows:
-    """Return what environment.json holds, the versions one by one; nothing if it is not there."""
+    """Return the last line of environment.jsonl, the versions one by one; [] without any."""
     rows = []
-    for name, value in read_json(run.directory / "environment.json").items():
+    for name, value in _last_start(run).items():
         if isinstance(value, dict):
             rows += [(f"{name}: {part}", str(version)) for part, version in value.items()]
         else:
@@ -132,10 +131,10 @@ def data_directory(run: Run) -> tuple[Path | None, str]:
     """Return the run's data, if what is here is what it was trained on, and a sentence if not."""
     try:
         directory = find_data(run.config.data)
-        digest = manifest_digest(directory)
+        digest = manifest_sha256(directory)
     except (UserError, OSError):
         return None, "The data is not here, so no text of it is shown."
-    recorded = read_json(run.directory / "environment.json").get("data_manifest_sha256", digest)
+    recorded = _last_start(run).get("data_sha256", digest)
     if digest != recorded:
         return None, "The data here is not what the run was trained on, so no text of it is shown."
     return directory, ""
@@ -144,7 +143,7 @@ def data_directory(run: Run) -> tuple[Path | None, str]:
 def data_facts(run: Run) -> Rows:
     """Return where the data is from and its digest, as far as they are known."""
     directory, missing = data_directory(run)
-    recorded = read_json(run.directory / "environment.json").get("data_manifest_sha256")
+    recorded = _last_start(run).get("data_sha256")
     rows = [("data", run.config.data), ("digest of the manifest", str(recorded or ""))]
     if directory is None:
         return [*rows, ("", missing)]
@@ -166,8 +165,8 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     """
     rows, whole = [], run.config.train.eval_limit is None
     for (task, metric), score in scores(run).items():
-        best = int(score.values.argmax() if is_share(metric) else score.values.argmin())
-        for how, i in {"best in training": best, "last in training": len(score.steps) - 1}.items():
+        top = int(score.values.argmax() if is_share(metric) else score.values.argmin())
+        for how, i in {"best in training": top, "last in training": len(score.steps) - 1}.items():
             rows.append(_score_row(run, task, metric, how, whole))
             rows[-1]["score"] = score_text(metric, float(score.values[i]), float(score.errors[i]))
             rows[-1]["at"] = int(score.steps[i])
@@ -205,7 +204,7 @@ def samples(run: Run) -> list[dict[str, Any]]:
     """
     try:
         # Not as a text file: line breaks of other systems in a sample are no line breaks here.
-        text = (run.directory / SAMPLES).read_bytes().decode("utf-8", errors="replace")
+        text = (run.directory / "samples.md").read_bytes().decode("utf-8", errors="replace")
     except OSError:
         return []
     _, *parts = re.split(r"(?m)^## Step (\d+)\r?$", text)
@@ -237,6 +236,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _last_start(run: Run) -> dict[str, Any]:
+    """Return the last whole line of environment.jsonl, which has one a start; {} without any."""
+    try:
+        lines = (run.directory / "environment.jsonl").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
 def duration(seconds: float | None) -> str:
     """Return seconds as "3 h 25 min", "12.4 min" or "8.1 s"; "" for none."""
     if seconds is None or not math.isfinite(seconds):
@@ -255,5 +267,5 @@ def _last(values: np.ndarray) -> float | None:
 def subtitle(run: Run) -> str:
     """Return what a run is, in a line."""
     config = run.config
-    tokens = max(line["step"] for line in run.metrics) * config.train.tokens_per_update
+    tokens = max(line["step"] for line in run.metrics) * config.train.batch_tokens
     return f"{config.recipe} {config.size} on {run.data}, {short(tokens)} tokens"

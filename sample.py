@@ -1,117 +1,58 @@
-"""Text from a model, one token at a time.
+"""Text from a model, one token at a time: python sample.py MODEL --prompt TEXT
 
-    python sample.py RUN|CHECKPOINT|HF_NAME --prompt TEXT
-
-`generate.py` draws the tokens. All samples of a prompt advance together as the rows of one batch,
-and what one says does not depend on how many others there are. On a CPU eight together take less
-than twice as long as one, since it is the reading of the weights that takes the time; in bfloat16
-(--dtype) these have half the bytes.
-
-Training documents begin with <|endoftext|>, so a prompt to one of our own models does too. OpenAI's
-models are given the prompt alone, as everyone else gives it to them. An empty prompt is
-<|endoftext|> for both: the beginning of a document.
+Samples of a prompt advance together as rows of a batch, each drawn by a generator of its own: what
+one says depends neither on how many others there are nor, but for rounding, on the device.
 """
 
 import codecs
-import math
+import copy
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
-import checkpoint
-import hf_import
-from command_line import parse, run_script
 from config import UserError
-from decoder import Decoder
-from devices import pick_device, pick_dtype
-from generate import generate
-from hf_configs import Saved
-from hf_tokenizer import check_vocabulary
-from logs import read_config, run_directory
-from model import GPT
-from modern import build_model
-from tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from corpus.tokenizer import Tokenizer
+from hf_import import find_model as find  # noqa: F401 - together with load
+from hf_import import open_model as load
+from model import KVCache
+from training.attention import decode_kernels
+from training.distributed import DistInfo, autocast, choose_device, pick_dtype
+from utils import parse, run_script
+
+ALONE = DistInfo(0, 0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
 class Options:
     """Write text that continues a prompt."""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT|HF_NAME")]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run, a checkpoint, gpt2[-medium|-large|-xl], a directory of transformers, or OWNER/NAME."""
-    prompt: str
-    """Text to continue; - reads it from standard input, less the newline at its end."""
-    n: int = 1
-    """Number of samples; a single one is written as it comes."""
-    max_tokens: int = 256
-    """Most tokens in a sample; it ends sooner where the model ends the document."""
-    temperature: float = 0.8
-    """Divides the logits: below 1 is surer, above 1 wilder, 0 always takes the likeliest token."""
-    top_k: int | None = 50
-    """Draw among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Then draw among the fewest tokens whose probabilities reach p only."""
-    seed: int = 1337
-    """The same seed gives the same samples."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """Of weights and products; auto is bfloat16, half the bytes, where the processor has it."""
-    device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
-    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
-    runs_dir: str = "runs"
-    """Directory that holds the run directories."""
+    prompt: str  # Text to continue; - reads it from standard input, less the newline at its end.
+    n: int = 1  # Number of samples; a single one is written as it comes.
+    max_tokens: int = 256  # Most tokens in a sample; it ends where the model ends the document.
+    temperature: float = 0.8  # Divides the logits; 0 always takes the likeliest token.
+    top_k: int | None = 50  # Draw among the k likeliest tokens only.
+    top_p: float | None = None  # Then among the fewest whose probabilities reach p only.
+    seed: int = 1337  # The same seed gives the same samples.
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # Of the weights; auto: if fast here.
+    device: Literal["cpu", "cuda", "mps", "auto"] = "auto"  # auto: CUDA, then MPS, then the CPU.
+    runs_dir: str = "runs"  # Directory that holds the run directories.
 
-
-def main() -> None:
-    """Write the samples that the command line asks for to standard output."""
-    options = parse(Options)
-    check_options(options)
-    prompt = read_prompt(options.prompt)
-    # A terminal that cannot show a character should not end the program.
-    sys.stdout.reconfigure(errors="replace")
-    device = pick_device(options.device)
-    model, tokenizer, begins_with_eot = load(options.source, options.runs_dir)
-    ids = prompt_ids(tokenizer, prompt, begins_with_eot)
-    decoder = Decoder(model.to(device), pick_dtype(options.dtype, device))
-    # Whatever it was rounded from need not stay in memory.
-    del model
-    context = decoder.config.block_size
-    if len(ids) > context:
-        print(f"The prompt has {len(ids)} tokens; its last {context} are kept.", file=sys.stderr)
-    steps = generate(
-        decoder,
-        ids.expand(options.n, -1),
-        options.max_tokens,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        options.seed,
-        tokenizer.eot,
-    )
-    if options.n == 1:
-        stream(steps, tokenizer, prompt)
-    else:
-        for i, text in enumerate(collect(steps, tokenizer), start=1):
-            print(f"--- sample {i} of {options.n} ---\n{prompt}{text}\n")
-
-
-def check_options(options: Options) -> None:
-    """Raise UserError, naming the option, for a number that cannot be used."""
-    _require(options.n >= 1, "--n must be at least 1.")
-    _require(options.max_tokens >= 1, "--max-tokens must be at least 1.")
-    _require(
-        0 <= options.temperature < math.inf,
-        "--temperature must be 0 (always the likeliest token) or a number above it.",
-    )
-    _require(options.top_k is None or options.top_k >= 1, "--top-k must be at least 1.")
-    _require(
-        options.top_p is None or 0 < options.top_p <= 1, "--top-p must be above 0 and at most 1."
-    )
+    def __post_init__(self) -> None:
+        _require(1 <= self.n <= 10_000, "--n must be between 1 and 10,000.")
+        _require(self.max_tokens >= 1, "--max-tokens must be at least 1.")
+        _require(
+            0 <= self.temperature < float("inf"), "--temperature must be 0 or a number above it."
+        )
+        _require(self.top_k is None or self.top_k >= 1, "--top-k must be at least 1.")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "--top-p must be above 0, at most 1.")
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -119,96 +60,138 @@ def _require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def read_prompt(prompt: str) -> str:
-    """Return the prompt, from standard input if it is "-"; raises UserError if it is unusable."""
-    try:
-        if prompt == "-":
-            # Shells and editors end a text with a newline that is no part of what should go on.
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
-        # Bytes that are not UTF-8 come from the command line as lone surrogates.
-        prompt.encode("utf-8")
-    except UnicodeError:
-        raise UserError("--prompt is not UTF-8 text; convert it first.") from None
-    _require(
-        bool(prompt), "--prompt is empty; give the text to continue, or - to read it from a pipe."
-    )
-    return prompt
+def main() -> None:
+    """Write the samples that the command line asks for to standard output."""
+    o = parse(Options)
+    prompt = o.prompt
+    if prompt == "-":  # shells and editors end a text with a newline that is no part of it
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+    _require(prompt != "", "--prompt is empty; give text, or - to read it from standard input.")
+    device = choose_device(ALONE, o.device).device
+    model, tokenizer, begins_with_eot = load(o.source, o.runs_dir)
+    model = for_sampling(model.to(device), pick_dtype(o.dtype, device))
+    ids, context = prompt_ids(tokenizer, prompt, begins_with_eot), model.config.block_size
+    if len(ids) > context:
+        print(f"The prompt has {len(ids)} tokens; its last {context} are kept.", file=sys.stderr)
+    drawing = o.temperature, o.top_k, o.top_p, o.seed, tokenizer.eot
+    steps = generate(model, ids.expand(o.n, -1), o.max_tokens, *drawing)
+    if o.n == 1:
+        stream(steps, tokenizer, prompt)  # which leaves no steps for the loop
+    for i, text in enumerate(collect(steps, tokenizer), start=1):
+        print(f"--- sample {i} of {o.n} ---\n{prompt}{text}\n")
 
 
-def load(source: str, runs_dir: str = "runs") -> tuple[GPT, Tokenizer, bool]:
-    """Return (model on the CPU, its tokenizer, whether its documents begin with <|endoftext|>).
+def for_sampling(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the model in eval mode, its blocks' matrices cast to `dtype` and the rest shared.
 
-    Raises UserError when there is no such model, as `find` does, or it cannot be read.
+    A new token reads every weight once: half the bytes, nearly twice the speed. By default the
+    dtype is autocast's, where that is on, or stays.
     """
-    found = find(source, runs_dir)
-    if isinstance(found, Path) and not hf_import.is_saved_model(found):
-        return _load_checkpoint(found)
-    return _load_hf(str(found))
+    if dtype is None and torch.is_autocast_enabled(device := model.wte.weight.device.type):
+        dtype = torch.get_autocast_dtype(device)
+    # A copy of the modules, but not of their tensors.
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared).eval()
+    for layer in [m for m in model.h.modules() if dtype and isinstance(m, nn.Linear)]:
+        for name, p in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
+    return model
 
 
-def find(source: str, runs_dir: str = "runs") -> Path | str:
-    """Return the directory of a checkpoint or of a transformers model, or the name of a hub model.
+def generate(
+    model, tokens, max_tokens, temperature=1, top_k=None, top_p=None, seed=1337, eot=None, stop=None
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, int64 (B,) on the CPU, `max_tokens` times at most.
 
-    A run, by path or name, stands for its newest checkpoint and comes before a hub model of the
-    same name. Raises UserError when there is no such model.
+    `tokens` is int64 (B, T), T >= 1; of more than the context the last part is kept. A row that has
+    drawn `eot` goes on yielding it; when every row has, or `stop()` says so, the iterator ends.
     """
-    path = Path(source)
-    if (path / "state.json").is_file() or hf_import.is_saved_model(path):
-        return path
-    try:
-        run = run_directory(source, runs_dir)
-    except UserError as error:
-        if path.is_file():
-            hf_import.refuse_file(path)
-        # The name of a run that is not there should not set out for the network.
-        if source in hf_import.HUB_NAMES or _is_repository(source, runs_dir):
-            return source
-        raise UserError(
-            f"{error} Nor is it a checkpoint, a directory saved by transformers, "
-            f"or one of {', '.join(hf_import.HUB_NAMES)}."
-        ) from None
-    newest = checkpoint.newest(run)
-    if newest is None:
-        raise UserError(f"The run {run} has no complete checkpoint yet.")
-    return newest
+    model, T = for_sampling(model), model.config.block_size
+    context = unread = tokens[:, -T:].cpu()
+    weight, room = model.h[0].mlp.c_fc.weight, context.size(1) + max_tokens
+    cache = KVCache(model.config, len(tokens), weight.device, weight.dtype, room)
+    generators = [row_generator(seed, row) for row in range(len(tokens))]
+    finished = torch.zeros(len(tokens), dtype=torch.bool)
+    for _ in range(max_tokens):
+        if finished.all() or (stop is not None and stop()):
+            return
+        logits = next_logits(model, unread, cache)  # prefill reads (B, T), decoding (B, 1)
+        ids = choose(logits, generators, temperature, top_k, top_p)
+        if eot is not None:
+            ids = torch.where(finished, eot, ids)
+            finished = ids == eot
+        yield ids
+        unread = ids[:, None]
+        context = torch.cat([context, unread], dim=1)[:, -T:]
+        if cache.length == T:  # full: read its last half again, and go on from there
+            cache.length, unread = 0, context[:, -max(T // 2, 1) :]
 
 
-def _is_repository(source: str, runs_dir: str) -> bool:
-    """Say whether `source` may be a repository of the hub, rather than a run that is not there."""
-    return hf_import.names_repository(source) and Path(source).parent != Path(runs_dir)
+@torch.inference_mode()  # here, since around a `yield` it would leak to the caller
+def next_logits(model: nn.Module, ids: Tensor, cache: KVCache) -> Tensor:
+    """Return the logits, float32 (B, V) on the CPU, that follow ids (B, T) and the cache."""
+    device = cache.store.device
+    with autocast(device, cache.store.dtype), decode_kernels():
+        x = model.hidden(ids.to(device), cache)[:, -1]  # (B, C)
+    with torch.autocast(device.type, enabled=False):  # bfloat16 takes steps of 0.5 at 100
+        return model.logits(x.float()).cpu()
 
 
-def _load_checkpoint(path: Path) -> tuple[GPT, Tokenizer, bool]:
-    run = path.resolve().parent.parent
-    state = checkpoint.read_state(path)
-    tokenizer = load_tokenizer(**state.get("tokenizer", {"name": "gpt2", "alphabet": None}))
-    model = build_model(read_config(run).model)
-    checkpoint.load_model(path, model)
-    return model, tokenizer, True
+def row_generator(seed: int, row: int) -> torch.Generator:
+    """Return the CPU generator of one row, far from those of other rows and seeds."""
+    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # it keeps 32 bits
 
 
-def _load_hf(source: str) -> tuple[GPT, Tokenizer, bool]:
-    # A hub model is fetched once, and read from where it lies.
-    directory = hf_import.find_directory(source)
-    model, saved = hf_import.load(str(directory))
-    return model, tokenizer_of(saved, source, directory), saved.begins_with_eot
+def choose(logits: Tensor, generators, temperature: float, top_k=None, top_p=None) -> Tensor:
+    """Return one id for each row of logits (B, V); raises UserError when a logit is not finite."""
+    _require(bool(logits.isfinite().all()), "The logits are not finite: the training diverged.")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # Every row draws at every step, so that a row's numbers do not depend on the others' ends.
+    uniform = torch.stack([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
+    cumulative = distribution(logits, temperature, top_k, top_p).cumsum(dim=-1)
+    # The first id whose cumulative probability exceeds the draw; it never has probability zero.
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
 
 
-def tokenizer_of(saved: Saved, source: str, directory: Path) -> Tokenizer:
-    """Return the tokenizer of a model of transformers that `source` names, in `directory`.
+def distribution(logits: Tensor, temperature: float, top_k=None, top_p=None) -> Tensor:
+    """Return the probabilities, float64 (B, V), from which a token is drawn; temperature > 0.
 
-    That of a model that is not ours is GPT-2's. Raises UserError when it has another vocabulary,
-    so that its tokens cannot be turned into text.
+    The top_k likeliest ids, and of them the fewest whose mass reaches top_p (Holtzman et al. 2020).
+    They stay in their own order, so that near-equal ones that rounding swaps do not move the draw.
     """
-    tokenizer = load_tokenizer(**saved.tokenizer) if saved.tokenizer else gpt2_tokenizer()
-    if saved.model.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"{source} has {saved.model.vocab_size} token ids, but its tokenizer, "
-            f"{tokenizer.name}, has {tokenizer.vocab_size}, so its tokens cannot be turned into "
-            "text."
-        )
-    check_vocabulary(directory, tokenizer)
-    return tokenizer
+    # Less the maximum first, so that no temperature is small enough to overflow.
+    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is not None:
+        kept, ids = scaled.topk(min(top_k, scaled.size(-1)))
+        scaled = torch.full_like(scaled, -torch.inf).scatter(-1, ids, kept)
+    probs = scaled.softmax(dim=-1)
+    if top_p is None or top_p >= 1:
+        return probs
+    kept, ids = probs.topk(min(top_k or probs.size(-1), probs.size(-1)))  # all that are not 0
+    kept = kept.masked_fill(nn.functional.pad(kept.cumsum(-1)[:, :-1], (1, 0)) >= top_p, 0)
+    return torch.zeros_like(probs).scatter(-1, ids, kept / kept.sum(dim=-1, keepdim=True))
+
+
+def continuations(
+    model, tokenizer, prompts, max_tokens, seed, temperature=0.8, begins_with_eot=True, stop=None
+) -> list[str]:
+    """Return a continuation of each prompt, as far as it came when `stop()` said so."""
+    model, texts = for_sampling(model), []
+    for prompt in prompts:
+        tokens = prompt_ids(tokenizer, prompt, begins_with_eot)[None]
+        drawing = temperature, 50, None, seed, tokenizer.eot, stop
+        texts += collect(generate(model, tokens, max_tokens, *drawing), tokenizer) or [""]
+    return texts
+
+
+def generate_text(source, prompts, max_tokens=48, temperature=0.8, seed=1337) -> list[str]:
+    """Return a continuation of each prompt by the model that `source` names, as sample.py would."""
+    model, tokenizer, begins_with_eot = load(source)
+    device = choose_device(ALONE, "auto").device
+    model = for_sampling(model.to(device), pick_dtype("auto", device))
+    return continuations(model, tokenizer, prompts, max_tokens, seed, temperature, begins_with_eot)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, begins_with_eot: bool) -> Tensor:
@@ -217,7 +200,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, begins_with_eot: bool) -> Tens
     return torch.tensor(start + tokenizer.encode(prompt).tolist())
 
 
-def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, prompt: str) -> None:
+def stream(steps: Iterable[Tensor], tokenizer: Tokenizer, prompt: str) -> None:
     """Print the prompt and then row 0 as its tokens come, holding back characters cut in two."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(prompt, end="", flush=True)
@@ -227,58 +210,10 @@ def stream(steps: Iterator[Tensor], tokenizer: Tokenizer, prompt: str) -> None:
     print(decoder.decode(b"", final=True))
 
 
-def collect(steps: Iterator[Tensor], tokenizer: Tokenizer) -> list[str]:
+def collect(steps: Iterable[Tensor], tokenizer: Tokenizer) -> list[str]:
     """Return the text of every row up to its <|endoftext|>, once all are finished."""
-    rows = torch.stack(list(steps), dim=1).tolist()
-    ends = [row.index(tokenizer.eot) if tokenizer.eot in row else len(row) for row in rows]
-    return [tokenizer.decode(row[:end]) for row, end in zip(rows, ends, strict=True)]
-
-
-def continuations(
-    model: GPT | Decoder,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    max_tokens: int,
-    seed: int,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    begins_with_eot: bool = True,
-) -> list[str]:
-    """Return one continuation of each prompt, without the prompt, from a model in memory.
-
-    Each is that of row 0 in `generate`, whatever the other prompts are. `max_tokens` is at least 1.
-    """
-    decoder = model if isinstance(model, Decoder) else Decoder(model)
-    texts = []
-    for prompt in prompts:
-        tokens = prompt_ids(tokenizer, prompt, begins_with_eot)[None]
-        steps = generate(
-            decoder, tokens, max_tokens, temperature, top_k, seed=seed, eot=tokenizer.eot
-        )
-        texts += collect(steps, tokenizer)
-    return texts
-
-
-def generate_text(
-    source: str,
-    prompts: list[str],
-    max_tokens: int = 48,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    seed: int = 1337,
-    runs_dir: str = "runs",
-    dtype: str = "auto",
-) -> list[str]:
-    """Return one continuation of each prompt from the model that `source` names, as in `load`.
-
-    Where and in which arithmetic is chosen as by `sample.py`, unless `dtype` says that.
-    """
-    model, tokenizer, begins_with_eot = load(source, runs_dir)
-    device = pick_device("auto")
-    decoder = Decoder(model.to(device), pick_dtype(dtype, device))
-    return continuations(
-        decoder, tokenizer, prompts, max_tokens, seed, temperature, top_k, begins_with_eot
-    )
+    rows = zip(*(ids.tolist() for ids in steps), strict=True)
+    return [tokenizer.decode(row[: [*row, tokenizer.eot].index(tokenizer.eot)]) for row in rows]
 
 
 if __name__ == "__main__":

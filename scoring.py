@@ -1,26 +1,25 @@
 """Log-likelihoods: a model and a plan of batches -> what the model says to each request.
 
-    Scorer(model, world, dtype).score(plan(requests, ...)) -> list[Scores], alike on every rank
+    Scorer(model, info, dtype).score(plan(requests, ...)) -> list[Scores], alike on every rank
 
 Only states that predict something scored are projected onto the vocabulary, a few hundred at a
-time; the softmax is taken in float32. Ranks compute different batches and add up what they found.
+time; the softmax is taken in float32. Ranks compute different batches and add up what they found,
+once, at the end: whatever happens to one of them before that, the others do not wait for it.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import UserError
-from cross_entropy import soft_capped
-from devices import autocast
-from distributed import World, any_over_ranks, compile_module, sum_over_ranks
 from likelihood import Scores
-from model import GPT
+from loss import softcap
 from packing import Batch, Plan
+from training.distributed import DistInfo, all_reduce_sum, autocast
 
-# What `score` calls with the requests this rank has just finished; True asks all ranks to stop.
+# What `score` calls with the requests this rank has just finished; True asks it to stop.
 Progress = Callable[[list[int], list[Scores]], bool]
 
 # Columns of the sums of a slot.
@@ -30,73 +29,109 @@ LOGPROB, TOKENS, MISSES, FILTERED_MISSES = range(4)
 class Scorer:
     """A model made ready to be asked, on this process, about any number of plans."""
 
-    def __init__(self, model: GPT, world: World, dtype: torch.dtype, compile_mode: str = "off"):
-        """Take a model on the device of `world`; products are computed in `dtype`.
+    def __init__(
+        self, model: nn.Module, info: DistInfo, dtype: torch.dtype, compile_mode: str = "off"
+    ):
+        """Take a model on the device of `info`; products are computed in `dtype`.
 
         `compile_mode` is auto, on or off, as in a run's config.
         """
-        self.model, self.world, self.dtype = model, world, dtype
+        self.model, self.info, self.dtype = model, info, dtype
+        on_cuda = info.device.type == "cuda"
         # What is compiled, and what a GPU's kernels are chosen for, had better not change shape.
-        self.few_shapes = compile_mode == "on" or world.device.type != "cpu"
-        self._causal = compile_module(model.hidden, compile_mode, world)
-        self._packed = compile_module(model.packed_hidden, compile_mode, world)
+        self.few_shapes = compile_mode == "on" or info.device.type != "cpu"
+        self._hidden, self._compiled = model.hidden, False
+        if compile_mode == "on" or (compile_mode == "auto" and on_cuda):
+            # Shapes are few and fixed; one program for all of them would be slower.
+            torch._dynamo.config.recompile_limit = 64
+            self._hidden, self._compiled = torch.compile(model.hidden, dynamic=False), True
 
     @torch.no_grad()
     def score(
         self, plan: Plan, excluded: np.ndarray | None = None, on_progress: Progress | None = None
     ) -> list[Scores] | None:
-        """Return the scores of every request in the plan, or None if `on_progress` stopped it.
+        """Return the scores of every request in the plan, or None if a rank was asked to stop.
 
         `excluded` are the ids with which an ending cannot begin in `Scores.greedy_filtered`. Raises
-        UserError when they are not finite.
+        UserError when they are not finite, and on every rank RuntimeError when one of them failed.
         """
-        world, batches = self.world, plan.batches
         sums = np.zeros((int(plan.first_slots[-1]), 4))
-        waiting = np.bincount(
-            [i for batch in batches for i in batch.requests], minlength=len(plan.first_slots) - 1
-        )
-        head = _Head(self.model, self.dtype, excluded)
-        training = self.model.training
+        training, stopped, error = self.model.training, False, None
         self.model.eval()
         try:
-            # Autocast keeps the weights it has rounded for as long as it lasts.
-            with autocast(world.device, self.dtype):
-                for first in range(0, len(batches), world.size):
-                    done = []
-                    for batch in batches[first + world.rank : first + world.rank + 1]:
-                        self._add(batch, head, sums)
-                        np.subtract.at(waiting, batch.requests, 1)
-                        done = [i for i in dict.fromkeys(batch.requests) if waiting[i] == 0]
-                    if on_progress is not None:
-                        stop = on_progress(done, [_scores(plan, sums, i) for i in done])
-                        if any_over_ranks(stop, world):
-                            return None
+            stopped = self._score_share(plan, excluded, on_progress, sums)
+        except Exception as raised:
+            error = raised
         finally:
             self.model.train(training)
-        # MPS has no float64, but then there is nobody to add up with.
-        device = world.device if world.size > 1 else "cpu"
-        sums = sum_over_ranks(torch.from_numpy(sums).to(device)).cpu().numpy()
+        failures, stops = all_reduce_sum(torch.tensor([int(error is not None), int(stopped)]))
+        if failures:
+            lines = f"{error}".splitlines() or [""]
+            why = f"{type(error).__name__}: {lines[0]}" if error else "on another process"
+            raise RuntimeError(f"scoring failed ({why})") from error
+        if stops:
+            return None
+        sums = all_reduce_sum(torch.from_numpy(sums)).numpy()
         if not np.isfinite(sums).all():
             raise UserError(
                 "The model's log-likelihoods are not numbers: its weights have diverged. Take an "
                 "earlier checkpoint."
             )
-        return [_scores(plan, sums, i) for i in range(len(waiting))]
+        return [_scores(plan, sums, i) for i in range(len(plan.first_slots) - 1)]
+
+    def _score_share(
+        self,
+        plan: Plan,
+        excluded: np.ndarray | None,
+        on_progress: Progress | None,
+        sums: np.ndarray,
+    ) -> bool:
+        """Add what this rank's batches say to the sums; return whether it was asked to stop."""
+        info = self.info
+        waiting = np.bincount(
+            [i for batch in plan.batches for i in batch.requests],
+            minlength=len(plan.first_slots) - 1,
+        )
+        head = _Head(self.model, self.dtype, excluded)
+        # Autocast keeps the weights it has rounded for as long as it lasts.
+        with autocast(info.device, self.dtype):
+            for batch in plan.batches[info.rank :: info.world_size]:
+                self._add(batch, head, sums)
+                np.subtract.at(waiting, batch.requests, 1)
+                done = [i for i in dict.fromkeys(batch.requests) if waiting[i] == 0]
+                if on_progress is not None and on_progress(
+                    done, [_scores(plan, sums, i) for i in done]
+                ):
+                    return True
+        return False
 
     def _add(self, batch: Batch, head: "_Head", sums: np.ndarray) -> None:
         """Add what one batch says to the sums (slots, 4)."""
-        device = self.world.device
+        device = self.info.device
         idx = torch.from_numpy(batch.tokens).to(device)
         if batch.causal and idx.size(1) <= self.model.config.block_size:
-            x = self._causal(idx)
+            x = self._states(idx)
         else:
             positions = torch.from_numpy(batch.positions).to(device)
-            x = self._packed(idx, positions, sight(batch, device, self.dtype))
+            x = self._states(idx, positions=positions, mask=sight(batch, device, self.dtype))
         x = x.flatten(0, 1)[torch.from_numpy(batch.states).to(device)]
         with torch.autocast(device.type, enabled=False):
             found = head.predict(x.float(), batch)
         for column, values in found.items():
             np.add.at(sums[:, column], batch.slots, values)
+
+    def _states(self, idx: Tensor, **rows: Tensor) -> Tensor:
+        """Return `model.hidden`, compiled if that was asked for and works."""
+        try:
+            return self._hidden(idx, **rows)
+        except Exception as error:
+            if not self._compiled:
+                raise
+            if self.info.is_main:
+                reason = (f"{error}".splitlines() or [type(error).__name__])[0]
+                print(f"torch.compile failed ({reason}): scoring goes on without it.", flush=True)
+            self._hidden, self._compiled = self.model.hidden, False
+            return self._hidden(idx, **rows)
 
 
 def sight(batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -118,9 +153,9 @@ def sight(batch: Batch, device: torch.device, dtype: torch.dtype) -> Tensor:
 class _Head:
     """The projection onto the vocabulary, in the arithmetic of an evaluation."""
 
-    def __init__(self, model: GPT, dtype: torch.dtype, excluded: np.ndarray | None):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, excluded: np.ndarray | None):
         self.weight, self.vocab_size = model.head_weight.detach(), model.config.vocab_size
-        self.softcap = model.config.softcap
+        self.softcap = model.config.logit_softcap
         # Subtracting one vector from all rows shifts a state's logits alike, which leaves the
         # softmax as it is. Logits of OpenAI's models lie around -100, where bfloat16 has steps of
         # 0.5; without what they have in common they are small, and so are their rounding errors.
@@ -163,7 +198,7 @@ class _Head:
         else:
             logits.copy_(x.to(self.centred.dtype) @ self.centred.T)
         if self.softcap:
-            logits.copy_(soft_capped(logits, self.softcap))
+            logits.copy_(softcap(logits, self.softcap))
         logits[:, self.vocab_size :] = -torch.inf
         # The largest value is found much faster than its place, and it is all that is needed.
         top, target_logits = logits.amax(1), logits[rows, targets]
@@ -179,7 +214,7 @@ class _Head:
         others = (total - (target_logits - top).exp()).clamp(min=0)
         # The target's own logit is cheap to have without rounding.
         exact = (x[rows] * (self.weight[targets] - self.shift)).sum(1)
-        above = (soft_capped(exact, self.softcap) if self.softcap else exact) - top
+        above = (softcap(exact, self.softcap) if self.softcap else exact) - top
         logprobs = above - (others + above.exp()).log()
         return logprobs, misses, filtered
 

@@ -31,8 +31,8 @@ from chunks import (
     text_bytes,
 )
 from config import UserError
+from corpus.shards import DATA_DIR
 from download import download
-from manifests import DATA_DIR
 from pydocs import pydocs_documents
 
 PYDOCS = "pydocs"

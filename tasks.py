@@ -13,8 +13,8 @@ import hellaswag
 import lambada
 import wikitext
 from benchmark import Task
-from recipes import check_name
-from tokenizer import Tokenizer
+from corpus.tokenizer import Tokenizer
+from utils import check_name
 
 TASKS: dict[str, Callable[..., Task]] = {
     # Raw text, as in reproductions of GPT-2: acc_norm is by the mean log-probability of a token.

@@ -1,281 +1,449 @@
-"""One update, and the loop around it.
+"""Training: set-up, then one loop, from top to bottom: validate, save, score and sample, step.
 
-The loop is for step in range(start, last + 1): whatever is due after `step` updates (validation,
-samples, a checkpoint) happens at its top, so that step 0 and the final weights are measured too.
-Everything that depends on time is a function of (config, step); stopping and resuming changes
-nothing.
+The position of a run is (config, step): learning rate, data order, dropout noise and what is due
+are functions of the two, so a run that was stopped and resumed is the run that was not. "Step k" is
+"after k optimizer steps"; the loop begins at 0, so the untrained weights are measured, too.
 
-As a script, the all-reduce check: torchrun --standalone --nproc_per_node=8 train.py
+As a script, the preflight: torchrun --standalone --nproc_per_node=8 train.py
 """
 
 import contextlib
 import gc
 import json
 import math
-from collections.abc import Iterator
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from all_reduce import check_all_reduce
-from attention import attention_by
-from command_line import run_script
-from config import Config, UserError, accumulation_steps
-from devices import autocast
-from distributed import (
-    World,
-    gather_over_ranks,
-    join_world,
-)
-from files import write_atomically
-from fineweb import inputs_and_targets, training_batches
-from measuring import NOTHING, measure, save_unmeasured, what_is_due
-from optim import lr_at, set_rates
-from orders import update_windows
-from outcome import Outcome, outcome
-from sharding import whole
-from signals import stop_requests
-from trackers import CLOSING_SECONDS, close_trackers, open_trackers
-from trainer import Trainer, begin, record
-from window_losses import append as append_window_losses
+from config import Config, TrainConfig, UserError, changed_fields, from_json, to_json
+from corpus.shards import Verification, find_data, manifest_sha256
+from corpus.tokenizer import can_encode
+from evals.in_loop import open_benchmarks, try_evaluate
+from evaluation import describe, headline
+from fineweb import FineWebEdu, load_batch, prefetch, sequence_indices, validation_batches
+from loss import IGNORE_INDEX
+from modern import build_model
+from recipes import PROMPTS
+from sample import continuations, load
+from scoring import Scorer
+from tqdm_bars import EvaluationBar, TrainingBar
+from training import checkpoint, distributed
+from training.attention import attention_by
+from training.distributed import DistInfo, all_reduce_any, autocast
+from training.logger import Logger, append_environment
+from training.metrics import StepMetrics, build_scaler, check_finite, update_scale
+from training.micro_batch import fit_micro_batch
+from training.optim import build_optimizers, lr_at, set_lr
+from utils import run_script
 
-# Seconds that trackers get to finish after a signal.
-STOPPING_SECONDS = 10.0
+# A batch system signals torchrun and its processes, and torchrun passes that on to its processes.
+SAME_REQUEST_SECONDS = 5.0
 
 
 def train(
-    config: Config,
-    run: Path,
-    world: World,
-    resumed: Path | None = None,
-    tries_micro_batch: bool = False,
+    config: Config, run: Path, info: DistInfo, resume_from=None, tries_micro_batch: bool = False
 ) -> tuple[int, bool]:
-    """Train until the last update, or train.stop_at, from scratch or from checkpoint `resumed`.
+    """Train to the last step, or train.stop_at_step; return the step reached, and whether it is it.
 
-    `tries_micro_batch` lets the config's micro-batch be halved where it does not fit the device.
-    Returns the step reached and whether the run is complete. It is not when a signal asked to stop:
-    then a checkpoint has been written, at the last step too, where measurements are still missing.
-    Raises UserError, before a checkpoint holds them, when numbers are not finite.
+    A signal ends it before, with a checkpoint. Raises UserError, before a checkpoint holds them,
+    when a loss or gradient is not finite.
     """
-    with stop_requests(quiet=not world.is_main) as asked, contextlib.ExitStack() as stack:
-        trainer, start = begin(config, run, world, resumed, asked, tries_micro_batch)
-        # A checkpoint has been measured at its step, unless a signal left no time for that.
-        measured = resumed is not None and trainer.losses["val_loss"] is not None
-        bar, last = trainer.bar, trainer.last
-        stack.enter_context(contextlib.closing(bar))
-        batches = training_batches(trainer.data, config, world, start + 1, last)
+    with StopSignal() as stop, contextlib.ExitStack() as stack:
+        t = Trainer(config, run, info, stop, resume_from, tries_micro_batch)
+        stack.push(t.close)
+        config, c, model, bar = t.config, t.config.train, t.model, t.bar
+        steps_per_epoch = len(t.data) // config.sequences_per_step
+        # A GPU's loss is read one step late: waiting for it would leave the GPU idle meanwhile. Not
+        # in float16, where whether the weights change depends on the gradient norm.
+        late = 1 if info.device.type == "cuda" and t.dtype != torch.float16 else 0
+        batches = prefetch(t.data, config, info, t.start + 1, t.last)
         stack.enter_context(contextlib.closing(batches))
-        stack.enter_context(attention_by(trainer.attention))
-        stack.enter_context(_short_collections())
-        if world.is_main:
-            names = config.train.trackers
-            trainer.trackers = open_trackers(names, run, config, start, bar.write)
-            stack.callback(_close_trackers, trainer)
+        stack.enter_context(attention_by(c.attention))
+        recorded = distributed.broadcast(t.logger.recorded(t.start))  # of a resumed run's step
+        gc.freeze()  # modules and code are 10^5 objects that every collection would look through
         bar.start()
-        for step in range(start, last + 1):
-            due = what_is_due(trainer, step) if step > start or not measured else NOTHING
-            if any(due) or step == last:
-                settle(trainer)
-            if any(due) and not trainer.stopping:
-                measure(trainer, step, due)
-            if trainer.stopping and step > start:
-                settle(trainer)
-                save_unmeasured(trainer, step)
-            if trainer.stopping or step == last:
-                break
-            update(trainer, next(batches), step + 1)
-            settle(trainer, behind=trainer.updates_behind)
-    return step, not trainer.stopping
+        for step in range(t.start, t.last + 1):
+            t.whole_step = step
+            first, at_end = step == t.start, step == t.last
+            saves = every(c.checkpoint_interval, step) or step % steps_per_epoch == 0 or at_end
+            saves = saves and step > 0
+            validates = saves or step == 0 or every(c.val_interval, step)
+            scores = bool(t.benchmarks) and (every(c.eval_interval, step) or at_end)
+            samples = c.sample_tokens > 0 and (saves or step == 0)
+            if first:
+                # The checkpoint that is resumed is there already; one that a signal left lacks its
+                # validation loss, and is written again with it.
+                validates = validates and "val" not in recorded
+                saves = saves and validates
+                samples = samples and "sample" not in recorded
+            saved = False
+            if validates or saves or scores or samples or at_end:
+                t.read_metrics()
+                distributed.synchronize(info.device)
+                with bar.paused():
+                    # 1. Validate: the same tokens every time, in every run.
+                    if validates and not t.stopping:
+                        t.validate(step)
+                    # 2. Save, before anything that may fail for reasons of its own.
+                    if saves and not t.stopping:
+                        t.save(step)
+                        saved = True
+                    # 3. Score and sample: what raises here costs a line, never the run.
+                    if (scores or samples) and not t.stopping:
+                        t.score_and_sample(step, scores, samples, recorded if first else set())
+            if t.stopping:  # Ctrl-C, SIGTERM or SIGHUP, on any rank
+                t.read_metrics()
+                if not saved and not first:
+                    t.measured |= {"val_loss": None, "bits_per_byte": None}
+                    with bar.paused():
+                        t.save(step)
+            if t.stopping or at_end:
+                return step, not t.stopping
+
+            # 4. One optimizer step.
+            if t.verification is not None:  # a thread reads every byte of the data
+                t.verification.check()
+            batch = next(batches)  # this rank's part of the global batch of step + 1
+            set_lr(t.optimizers, step + 1, c.steps, config.optim)
+            losses, sequence_losses = [], []
+            micro_batches = batch.tokens.split(c.micro_batch_size)  # (micro-batch, T + 1) each
+            for i, tokens in enumerate(micro_batches):
+                t.seed_dropout(step + 1, i)
+                # DDP averages gradients over ranks in the backward pass of the last micro-batch,
+                # and decides so in the forward pass; FSDP does in every one.
+                accumulates = t.is_ddp and i < len(micro_batches) - 1
+                with t.forward.no_sync() if accumulates else contextlib.nullcontext():
+                    x, y = tokens[:, :-1], tokens[:, 1:]
+                    with autocast(info.device, t.dtype):
+                        token_losses, loss = t.forward(x, y, c.log_sequence_losses)
+                    # Equal micro-batches, so this adds up to the mean over the global batch.
+                    t.scaler.scale(loss / len(micro_batches)).backward()
+                losses.append(loss.detach())
+                if c.log_sequence_losses:
+                    sequence_losses.append(token_losses.mean(1))
+            for optimizer in t.optimizers:
+                t.scaler.unscale_(optimizer)
+            clip = config.optim.grad_clip or math.inf
+            norm = distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), clip))
+            asked = stop.requested
+            metrics = StepMetrics.collect(step + 1, losses, norm, asked, info, sequence_losses)
+            # In float16 gradients may overflow: that step is left out, and the scale halved.
+            if late or t.is_finite(metrics):
+                t.whole_step = None
+                for optimizer in t.optimizers:
+                    t.scaler.step(optimizer)
+            model.zero_grad()
+            update_scale(t.scaler)
+            t.pending.append(metrics)
+            t.read_metrics(keep=late)
+    raise AssertionError("the loop returns")
 
 
-def _close_trackers(trainer: Trainer) -> None:
-    """Wait for the trackers, not long after a signal, whose sender does not wait either."""
-    seconds = STOPPING_SECONDS if trainer.stopping else CLOSING_SECONDS
-    close_trackers(trainer.trackers, seconds)
+class Trainer:
+    """What one process holds while it trains; all ranks call its methods together."""
 
+    def __init__(self, config: Config, run: Path, info: DistInfo, stop, resume_from, tries_size):
+        """Open the data, build model and optimizers, and load them from `resume_from` if given."""
+        c, device = config.train, info.device
+        self.run, self.info, self.stop = run, info, stop
+        self.directory = find_data(config.data)
+        self.data = FineWebEdu(self.directory, "train", config.model.block_size)
+        self.val_data = FineWebEdu(self.directory, "val", config.model.block_size)
+        self.tokenizer = self.data.shards.tokenizer
+        state = {"step": 0}
+        if resume_from:
+            state = checkpoint.read_state(resume_from)
+            before = from_json(json.dumps(state["config"]), str(resume_from))
+            if changed := changed_fields(before, config):
+                raise UserError(f"{resume_from} has another config ({'; '.join(changed)}).")
+            if state["data_sha256"] != manifest_sha256(self.directory):
+                raise UserError(
+                    f"{self.directory} is not the data {resume_from} was trained on; restore that."
+                )
+        self.start = state["step"]
+        last = c.steps if c.stop_at_step is None else min(c.stop_at_step, c.steps)
+        self.last = max(last, self.start)
+        self.dtype = distributed.pick_dtype(c.dtype, device)
+        torch.set_float32_matmul_precision("high" if c.dtype == "tf32" else "highest")
 
-@contextlib.contextmanager
-def _short_collections() -> Iterator[None]:
-    """Leave what is there now out of Python's garbage collections.
-
-    Modules and their code are hundreds of thousands of objects, and looking through all of them
-    takes a tenth of a second, at any time, while the other processes wait.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def update(trainer: Trainer, windows: Tensor, step: int) -> None:
-    """Make update `step` from this rank's windows (G / world size, T + 1).
-
-    What came of it is left to `settle`. Raises UserError, with the weights as they were, when loss
-    or gradient is not finite, where that is known in time.
-    """
-    config, scale = trainer.config, trainer.loss_scale
-    set_rates(trainer.optimizers, step, trainer.total, config.optim)
-    losses, window_losses = accumulate_gradients(trainer, windows, step)
-    if scale is not None:
-        scale.unscale(trainer.model)
-    clip = config.optim.grad_clip or math.inf
-    norm = whole(nn.utils.clip_grad_norm_(trainer.model.parameters(), clip))
-    asked = trainer.asked.is_set()
-    found = outcome(step, losses, norm, asked, trainer.world, window_losses)
-    trainer.outcomes.append(found)
-    takes_step = trainer.updates_behind > 0 or _may_step(trainer, found)
-    for optimizer in trainer.optimizers:
-        if takes_step:
-            optimizer.step()
-        optimizer.zero_grad()
-
-
-def _may_step(trainer: Trainer, found: Outcome) -> bool:
-    """Say whether gradients are finite; raises UserError if they should be and are not.
-
-    With loss scaling they may overflow, and the loss may not.
-    """
-    _require_finite(trainer, found)
-    _, norm, _ = found.read()
-    finite, scale = math.isfinite(norm), trainer.loss_scale
-    if scale is not None and finite:
-        scale.held()
-    elif scale is not None:
-        scale.overflowed()
-    return finite
-
-
-def _require_finite(trainer: Trainer, found: Outcome) -> None:
-    """Raise UserError unless loss and norm are finite; with loss scaling, the norm need not be."""
-    loss, norm, _ = found.read()
-    if not math.isfinite(loss) or not (math.isfinite(norm) or trainer.loss_scale):
-        raise UserError(_not_finite(trainer, found))
-
-
-def settle(trainer: Trainer, behind: int = 0) -> None:
-    """Read what came of all updates but the last `behind`, and record it.
-
-    Raises UserError when it is not finite, before anything is made of the weights.
-    """
-    while len(trainer.outcomes) > behind:
-        found = trainer.outcomes.pop(0)
-        _require_finite(trainer, found)
-        loss, norm, asked = found.read()
-        # The processes have agreed on it; one update more changes nothing about that.
-        trainer.stopping = trainer.stopping or asked
-        if found.window_losses is not None and trainer.world.is_main:
-            windows = update_windows(trainer.config, found.step, len(trainer.data))
-            append_window_losses(
-                trainer.run, found.step, windows, found.window_losses.cpu().numpy()
+        # Weights are drawn on the CPU, so that a seed means the same on every device.
+        torch.manual_seed(c.seed)
+        self.model = model = build_model(config.model)
+        model.gradient_checkpointing = c.gradient_checkpointing
+        if resume_from:
+            checkpoint.load_model(resume_from, model)
+        elif config.init_from:
+            weights = load(config.init_from, c.runs_dir)[0].state_dict()
+            if "wpe.weight" in weights:  # a shorter context has the first positions
+                weights["wpe.weight"] = weights["wpe.weight"][: config.model.block_size]
+            model.load_state_dict(weights)
+        compiles = c.compile == "on" or (c.compile == "auto" and device.type == "cuda")
+        if c.parallel == "fsdp" and info.world_size > 1:
+            # Each block by itself, since the hooks that gather its weights lie around it.
+            for block in model.h if compiles else ():
+                block.compile(dynamic=False)
+            distributed.apply_fsdp(model, info)
+            self.forward = model
+        else:
+            model.to(device)
+            if compiles:
+                model.compile(dynamic=False)
+            self.forward = distributed.wrap_ddp(model, info)
+        self.is_ddp = self.forward is not model
+        # FSDP replaces the parameters, so whatever refers to them comes after it.
+        self.optimizers = build_optimizers(model, config.optim, self.dtype)
+        if resume_from:
+            checkpoint.load_optimizers(resume_from, model, self.optimizers)
+        self.scaler = build_scaler(c, self.dtype, device, state.get("grad_scaler"))
+        if compiles or tries_size:
+            # Through what training calls, and with real data.
+            tokens = load_batch(self.data, config, 1, info.rank, info.world_size).tokens
+            config = fit_micro_batch(
+                config, model, self.forward, tokens, info, self.dtype, tries_size, not resume_from
             )
-        record_update(trainer, found.step, loss, norm)
+        self.config = config
+
+        # The record: on resume, what comes after the checkpoint is dropped.
+        self.measured = {key: state.get(key) for key in ("train_loss", "val_loss", "bits_per_byte")}
+        self.earlier_seconds = state.get("seconds", 0.0)
+        self.pending: list[StepMetrics] = []  # of steps whose metrics are still to be read
+        self.stopping = False  # all ranks agree on it
+        self.whole_step: int | None = None  # the step the weights are of; None inside the optimizer
+        self.logger = Logger(run, config, self.start, info.is_main)
+        self.verification = None
+        if info.is_main:
+            checkpoint.remove_leftovers(run)
+            (run / "non_finite.json").unlink(missing_ok=True)
+            gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            facts = {"device": gpu, "dtype": str(self.dtype), "threads": torch.get_num_threads()}
+            facts |= {"world_size": info.world_size, "data_sha256": manifest_sha256(self.directory)}
+            names = ("attention", "parallel", "micro_batch_size")
+            facts |= {name: getattr(config.train, name) for name in names}
+            if told := append_environment(run, self.start, facts):
+                print(told, flush=True)
+            self.verification = Verification(self.directory)
+        self.scorer, self.benchmarks = None, []
+        if c.eval_interval > 0:
+            self.scorer = Scorer(model, info, self.dtype, c.compile)
+            self.benchmarks = open_benchmarks(config, self.tokenizer, self.scorer, info)
+        peak = distributed.peak_flops(device)
+        peak = peak * info.world_size / config.model.flops_per_token if peak else None
+        self.bar = TrainingBar(self.start, self.last, c.batch_tokens, peak, not info.is_main)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training in the whole run so far, without validation and the like."""
+        return self.earlier_seconds + self.bar.seconds
+
+    def close(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        """End; where no other rank is waited for, save what an unexpected error would lose."""
+        unexpected = isinstance(error, Exception) and not isinstance(error, UserError)
+        if unexpected and self.info.world_size == 1 and self.whole_step:
+            with contextlib.suppress(Exception):
+                self.measured |= {"val_loss": None, "bits_per_byte": None}
+                self.save(self.whole_step)
+        gc.unfreeze()
+        self.bar.close()
+        self.logger.close()
+        if self.verification is not None:
+            self.verification.close()
+
+    def seed_dropout(self, step: int, micro_batch: int) -> None:
+        """Make dropout noise a function of (config, step) and the place in the global batch."""
+        m, c = self.config.model, self.config.train
+        if max(m.dropout, m.attention_dropout or 0) > 0:
+            share = self.config.sequences_per_rank(self.info.world_size)
+            sequence = self.info.rank * share + micro_batch * c.micro_batch_size
+            key = np.random.SeedSequence([c.seed, step, sequence])
+            torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+
+    def is_finite(self, metrics: StepMetrics) -> bool:
+        """Say whether loss and norm are; raises UserError where that ends the run."""
+        scales = self.scaler.is_enabled()
+        check_finite(metrics, self.config, self.run, len(self.data), self.info, scales)
+        return math.isfinite(metrics.read()[1])
+
+    def read_metrics(self, keep: int = 0) -> None:
+        """Record the metrics of all steps but the last `keep`; sets `stopping`."""
+        c = self.config.train
+        while len(self.pending) > keep:
+            metrics = self.pending.pop(0)
+            self.is_finite(metrics)
+            (loss, norm, asked), step = metrics.read(), metrics.step
+            self.stopping = self.stopping or asked
+            if metrics.sequence_losses is not None:
+                indices = sequence_indices(self.config, step, len(self.data))
+                self.logger.sequence_losses(step, indices, metrics.sequence_losses.cpu().numpy())
+            if step % c.log_interval and step != self.last:
+                self.bar.update()
+                continue
+            self.bar.update(loss)
+            lr = lr_at(step, c.steps, self.config.optim)
+            self.measured |= {"train_loss": loss, "lr": lr, "grad_norm": norm}
+            line = {"kind": "train", "step": step, "tokens": step * c.batch_tokens, "loss": loss}
+            # A norm that overflowed float16 has no JSON.
+            line |= {"lr": lr, "grad_norm": norm if math.isfinite(norm) else None}
+            line |= {"tokens_per_second": self.bar.tokens_per_second, "mfu": self.bar.mfu}
+            line["seconds"] = self.seconds
+            if self.scaler.is_enabled():
+                line["loss_scale"] = self.scaler.get_scale()
+            self.logger.log(line)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Log the mean loss over the first val_tokens tokens of the validation split.
+
+        Ranks share the tokens and add up. A request to stop cuts it short and sets `stopping`.
+        """
+        c, info, model = self.config.train, self.info, self.model
+        token_bytes = self.tokenizer.token_bytes()
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of text
+        batches = validation_batches(self.val_data, self.config, info.rank, info.world_size)
+        n_tokens = min(c.val_tokens, len(self.val_data) * self.config.model.block_size)
+        model.eval()
+        with EvaluationBar("validating", n_tokens, "tok", disable=not info.is_main) as bar:
+            for inputs, targets in batches:
+                self.stopping = all_reduce_any(self.stop.requested)
+                if self.stopping:
+                    break
+                with autocast(info.device, self.dtype):
+                    _, loss = model(inputs.to(info.device), targets.to(info.device))
+                scored = targets[targets != IGNORE_INDEX]
+                text_bytes = int(token_bytes[scored.numpy()].sum())
+                n = len(scored)
+                sums += torch.tensor([loss.item() * n, n, text_bytes], dtype=torch.float64)
+                bar.update(n * info.world_size)
+        model.train()
+        if hasattr(model, "reshard"):
+            model.reshard()  # FSDP keeps gathered what no backward pass follows
+        if self.stopping:
+            return
+        nats, tokens, text_bytes = distributed.all_reduce_sum(sums).tolist()
+        loss = nats / tokens
+        if not math.isfinite(loss):
+            raise UserError(
+                f"After step {step} the validation loss is {loss:g}: the weights have diverged, so "
+                "no checkpoint is made of them. The ones before are good; start again with a "
+                "lower --optim.lr."
+            )
+        per_byte = nats / math.log(2) / text_bytes if text_bytes else None
+        self.measured |= {"val_loss": loss, "bits_per_byte": per_byte}
+        line = {"kind": "val", "step": step, "tokens": step * c.batch_tokens, "loss": loss}
+        told = f"step {step:>6}: val loss {loss:.4f}"
+        if per_byte is not None:
+            line["bits_per_byte"] = per_byte
+            told += f", {per_byte:.3f} bits per byte"
+        if (lr := self.measured.get("lr")) is not None:
+            told += f" | train loss {self.measured['train_loss']:.4f}, lr {lr:.2e}, "
+            told += f"norm {self.measured['grad_norm']:.2f}, {self.seconds:,.0f} s"
+        self.bar.write(told)
+        self.logger.log(line)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, from all ranks but by one, and delete what need not be kept."""
+        tokenizer, scaler = self.tokenizer, self.scaler
+        state = {key: self.measured[key] for key in ("train_loss", "val_loss", "bits_per_byte")}
+        state |= {
+            "config": json.loads(to_json(self.config)),
+            "data_sha256": manifest_sha256(self.directory),
+            "seconds": self.seconds,
+            "grad_scaler": scaler.state_dict() if scaler.is_enabled() else None,
+            "tokenizer": {"name": tokenizer.name, "alphabet": getattr(tokenizer, "alphabet", None)},
+        }
+        self.logger.sync()
+        checkpoint.save(self.run, step, self.model, self.optimizers, state, self.info.is_main)
+        if self.info.is_main:
+            checkpoint.prune(self.run, self.config.train.keep_checkpoints, step)
+        distributed.barrier()
+
+    def score_and_sample(self, step: int, scores: bool, samples: bool, recorded: set[str]) -> None:
+        """Log benchmark scores and samples, but those in `recorded`; a failure costs a line.
+
+        A benchmark that failed on any rank is dropped on all. A request to stop sets `stopping`.
+        """
+        c, model, scorer = self.config.train, distributed.unsharded_copy(self.model), self.scorer
+        if scores and model is not self.model:
+            scorer = Scorer(model, self.info, self.dtype, c.compile)
+        for benchmark in list(self.benchmarks) if scores else ():
+            task, layout = benchmark
+            if f"eval/{task.name}" in recorded:
+                continue
+            result, why = try_evaluate(scorer, task, layout, lambda: self.stop.requested)
+            if why:
+                self.bar.write(f"step {step:>6}: {task.name} is no longer scored ({why})")
+                self.benchmarks.remove(benchmark)
+                continue
+            if result is None:
+                break
+            self.bar.write(f"step {step:>6}: {describe(task, result.metrics, c.eval_limit)}")
+            if benchmark is self.benchmarks[0]:  # the one to watch
+                self.bar.show_score(f"{task.name} {headline(task, result.metrics)}")
+            line = {"kind": "eval", "step": step, "tokens": step * c.batch_tokens}
+            line |= {"task": task.name, "examples": result.examples, **result.metrics}
+            self.logger.log(line | {"seconds": result.seconds})
+        if samples and self.info.is_main and not self.stop.requested:
+            try:
+                prompts = [p for p in PROMPTS if can_encode(self.tokenizer, p)]
+                with autocast(self.info.device, self.dtype):
+                    texts = continuations(
+                        model, self.tokenizer, prompts, c.sample_tokens, c.seed,
+                        stop=lambda: self.stop.requested,
+                    )  # fmt: skip
+                if not self.stop.requested:
+                    self.logger.samples(step, prompts, texts)
+            except Exception as error:
+                self.bar.write(f"step {step:>6}: no samples ({type(error).__name__}: {error})")
+        self.stopping = all_reduce_any(self.stop.requested)
 
 
-def accumulate_gradients(
-    trainer: Trainer, windows: Tensor, step: int
-) -> tuple[Tensor, Tensor | None]:
-    """Add up the gradients of update `step`, averaged over all ranks' windows.
+class StopSignal:
+    """Ctrl-C, SIGTERM and SIGHUP (a lost terminal) set `requested`: the loop saves and leaves.
 
-    Returns the mean loss of each of this rank's micro-batches, on the device, weighed by tokens,
-    and that of each window if the run keeps it.
+    What follows within 5 s is the same request, as Slurm and torchrun repeat it; a later signal
+    ends the process at once. Python runs handlers between instructions: a collective returns
+    first, or ends after --train.timeout.
     """
-    config, forward, world = trainer.config, trainer.parallel, trainer.world
-    micro_batches = windows.split(config.train.micro_batch)
-    factor = trainer.loss_scale.factor if trainer.loss_scale else 1.0
-    weights, losses, window_losses = micro_batch_weights(trainer, step), [], []
-    for i, batch in enumerate(micro_batches):
-        _seed_dropout(config, step, world.rank * len(windows) + i * config.train.micro_batch)
-        # Gradients are averaged over ranks only with the last micro-batch; DDP decides that in the
-        # forward pass already. FSDP would have to keep whole gradients to wait.
-        ddp = world.size > 1 and config.train.parallel == "ddp"
-        waits = ddp and i < len(micro_batches) - 1
-        with forward.no_sync() if waits else contextlib.nullcontext():
-            with autocast(world.device, trainer.dtype):
-                by_window, mean = forward(*inputs_and_targets(batch))
-            # This adds up to the mean over all tokens of the update.
-            mean = mean * weights[i]
-            (mean / len(micro_batches) * factor).backward()
-        losses.append(mean.detach())
-        window_losses.append(by_window)
-    return torch.stack(losses), torch.cat(window_losses) if by_window is not None else None
+
+    def __init__(self) -> None:
+        self.requested, self._since, self._before = False, 0.0, {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            names = ("SIGINT", "SIGTERM", "SIGHUP")
+            for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+            with contextlib.suppress(OSError):  # not print, which may be in the middle of a line
+                os.write(2, b"\nstopping: saves after this step; a second signal ends at once\n")
+        elif time.monotonic() - self._since > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
 
 
-def micro_batch_weights(trainer: Trainer, step: int) -> list[float]:
-    """Return what this rank's micro-batches of update `step` weigh, 1 on average over all ranks.
-
-    All have as many tokens, unless windows have padding.
-    """
-    config, data, world = trainer.config, trainer.data, trainer.world
-    size = config.train.micro_batch
-    mine = accumulation_steps(config, world.size)
-    if data.padded is None:
-        return [1.0] * mine
-    _, counts = data.padded.places(update_windows(config, step, len(data)))
-    tokens = counts.reshape(-1, size).sum(axis=1)
-    return (tokens / tokens.mean())[world.rank * mine : (world.rank + 1) * mine].tolist()
-
-
-def _not_finite(trainer: Trainer, found: Outcome) -> str:
-    """Write non_finite.json and return the sentence that says what was found, and where."""
-    step, losses, (loss, norm, _) = found.step, found.losses, found.read()
-    windows = update_windows(trainer.config, step, len(trainer.data))
-    by_micro_batch = windows.reshape(-1, trainer.config.train.micro_batch)
-    bad = ~torch.isfinite(gather_over_ranks(losses)).flatten().cpu().numpy()
-    suspects = by_micro_batch[bad].flatten().tolist() or windows.tolist()
-    facts = {"step": step, "loss": str(loss), "grad_norm": str(norm)}
-    facts |= {"suspects": suspects, "windows": windows.tolist()}
-    path = trainer.run / "non_finite.json"
-    if trainer.world.is_main:
-        write_atomically(path, (json.dumps(facts) + "\n").encode())
-    shown = ", ".join(map(str, suspects[:8]))
-    more = f" and {len(suspects) - 8} more" if len(suspects) > 8 else ""
-    return (
-        f"Update {step} has a loss of {loss:g} and a gradient norm of {norm:g}; it comes "
-        f"from windows {shown}{more} ({path} lists them), and no checkpoint has seen it. "
-        "Those before are good: --resume continues, perhaps with --train.dtype float32, or start "
-        "again with a lower --optim.lr."
-    )
-
-
-def _seed_dropout(config: Config, step: int, window: int) -> None:
-    """Make dropout noise a function of (config, step) and of the windows' place in the update."""
-    if max(config.model.dropout, config.model.attention_dropout or 0) > 0:
-        key = np.random.SeedSequence([config.train.seed, step, window])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
-
-
-def record_update(trainer: Trainer, step: int, loss: float, norm: float) -> None:
-    """Advance the bar and, at the log interval, write the train line of update `step`."""
-    config, bar = trainer.config, trainer.bar
-    if step % config.train.log_interval and step != trainer.last:
-        bar.update()
-        return
-    bar.update(loss)
-    trainer.losses["train_loss"] = loss
-    line = {
-        "kind": "train",
-        "step": step,
-        "tokens": step * config.train.tokens_per_update,
-        "loss": loss,
-        "lr": lr_at(step, trainer.total, config.optim),
-        # Not finite where loss scaling left the update out.
-        "grad_norm": norm if math.isfinite(norm) else None,
-        "tokens_per_second": bar.tokens_per_second,
-        "mfu": bar.mfu,
-        "seconds": trainer.seconds,
-    }
-    if trainer.loss_scale is not None:
-        line["loss_scale"] = trainer.loss_scale.factor
-    record(trainer, line)
+def every(interval: int, step: int) -> bool:
+    """Say whether something with this interval is due; 0 is never."""
+    return interval > 0 and step % interval == 0
 
 
 def main() -> None:
-    """Check the processes and their all-reduce."""
-    with join_world("auto") as world:
-        check_all_reduce(world)
+    """Check devices, all-reduce, compiler and one training step on every process."""
+    from training.preflight import check
+
+    with distributed.init_distributed(TrainConfig.timeout) as info:
+        check(distributed.choose_device(info, "auto"))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from benchmark import (
     store,
 )
 from config import UserError
+from corpus.tokenizer import Tokenizer
 from likelihood import Scores, perplexity, ratio_with_error, text_request
-from tokenizer import Tokenizer
 
 HUB = (
     "https://huggingface.co/datasets/Salesforce/wikitext/resolve/"

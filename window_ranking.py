@@ -1,63 +1,62 @@
-"""Which windows of the corpus a run found hard, and which easy, from its window_losses.bin.
+"""Which sequences of the corpus a run found hard, and which easy, from its sequence_losses.bin.
 
-A window read early has a high loss because the model knew little then. So windows are ranked twice:
-by how far their loss lies above that of the updates that read them, and by the loss itself.
+A sequence read early has a high loss because the model knew little then. So sequences are ranked
+twice: by how far their loss lies above that of the steps that read them, and by the loss itself.
 """
 
 from typing import Any
 
 import numpy as np
 
-import window_losses
+from corpus.shards import TokenShards
 from curves import significant
 from figures import smooth
 from metrics import Run
-from rows import PaddedRows
-from shards import TokenStream
+from training.logger import read_sequence_losses
 
 LISTED, BINS = 20, 48
-# Tokens shown of a window: a line or two of text.
+# Tokens shown of a sequence: a line or two of text.
 SHOWN = 64
 
 
-def rank_windows(run: Run, stream: TokenStream | None) -> dict[str, Any] | None:
-    """Return the windows with the highest and lowest losses, or None where none were logged.
+def rank_sequences(run: Run, shards: TokenShards | None) -> dict[str, Any] | None:
+    """Return the sequences with the highest and lowest losses, or None where none were logged.
 
-    `stream` is the training split, if it is here, for the windows' text. Raises UserError when the
-    record or the data cannot be read.
+    `shards` is the training split, if it is here, for the sequences' text. Raises UserError when
+    the record or the data cannot be read.
     """
-    records = window_losses.read(run.directory)
+    records = read_sequence_losses(run.directory)
     records = records[np.isfinite(records["loss"])]
     if not len(records):
         return None
-    table = by_window(records)
+    table = by_sequence(records)
     rankings = []
     for name in ("excess", "loss"):
         order = np.argsort(table[name], kind="stable")
         rankings.append(
             {
                 "by": name,
-                "highest": _rows(run, stream, table, order[::-1][:LISTED]),
-                "lowest": _rows(run, stream, table, order[:LISTED]),
+                "highest": _rows(run, shards, table, order[::-1][:LISTED]),
+                "lowest": _rows(run, shards, table, order[:LISTED]),
                 "histogram": _histogram(table[name]),
             }
         )
-    return {"reads": len(records), "windows": len(table["window"]), "rankings": rankings}
+    return {"reads": len(records), "sequences": len(table["sequence"]), "rankings": rankings}
 
 
-def by_window(records: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the columns of a table with a row for each window, in the order of their numbers.
+def by_sequence(records: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of a table with a row for each sequence, in the order of their numbers.
 
-    `loss` and `excess`, how far that is above the updates' own, are means over all `reads`.
+    `loss` and `excess`, how far that is above the steps' own, are means over all `reads`.
     """
-    order = np.lexsort((records["step"], records["window"]))
-    window, step = records["window"][order], records["step"][order]
+    order = np.lexsort((records["step"], records["sequence"]))
+    sequence, step = records["sequence"][order], records["step"][order]
     loss = records["loss"][order].astype(np.float64)
-    excess = loss - _loss_of_updates(records)[step]
-    begins = np.flatnonzero(np.r_[True, window[1:] != window[:-1]])
-    reads = np.diff(np.r_[begins, len(window)])
+    excess = loss - _loss_of_steps(records)[step]
+    begins = np.flatnonzero(np.r_[True, sequence[1:] != sequence[:-1]])
+    reads = np.diff(np.r_[begins, len(sequence)])
     return {
-        "window": window[begins],
+        "sequence": sequence[begins],
         "reads": reads,
         "loss": np.add.reduceat(loss, begins) / reads,
         "excess": np.add.reduceat(excess, begins) / reads,
@@ -66,8 +65,8 @@ def by_window(records: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _loss_of_updates(records: np.ndarray) -> np.ndarray:
-    """Return the mean loss of the windows of each update, smoothed, by its number."""
+def _loss_of_steps(records: np.ndarray) -> np.ndarray:
+    """Return the mean loss of the sequences of each step, smoothed, by its number."""
     counts = np.bincount(records["step"])
     sums = np.bincount(records["step"], weights=records["loss"])
     read = np.flatnonzero(counts)
@@ -77,12 +76,12 @@ def _loss_of_updates(records: np.ndarray) -> np.ndarray:
 
 
 def _rows(
-    run: Run, stream: TokenStream | None, table: dict[str, np.ndarray], chosen: np.ndarray
+    run: Run, shards: TokenShards | None, table: dict[str, np.ndarray], chosen: np.ndarray
 ) -> list[dict[str, Any]]:
-    texts = beginnings(run, stream, table["window"][chosen])
+    texts = beginnings(run, shards, table["sequence"][chosen])
     return [
         {
-            **{name: int(table[name][i]) for name in ("window", "reads")},
+            **{name: int(table[name][i]) for name in ("sequence", "reads")},
             **{
                 name: significant(table[name][i], 5) for name in ("loss", "excess", "first", "last")
             },
@@ -92,23 +91,18 @@ def _rows(
     ]
 
 
-def beginnings(run: Run, stream: TokenStream | None, windows: np.ndarray) -> list[str]:
-    """Return the text that each window begins with; "" where it is past the data, or that is not
+def beginnings(run: Run, shards: TokenShards | None, sequences: np.ndarray) -> list[str]:
+    """Return the text that each sequence begins with; "" where it is past the data, or that is not
     here.
     """
-    if stream is None:
-        return [""] * len(windows)
+    if shards is None:
+        return [""] * len(sequences)
     length = run.config.model.block_size
-    if run.config.train.rows == "padded":
-        padded = PaddedRows(stream, length)
-        there = windows < len(padded)
-        starts, counts = padded.places(np.where(there, windows, 0))
-    else:
-        there = windows < (len(stream) - 1) // length
-        starts, counts = windows * length, np.full(len(windows), length)
+    there = sequences < (len(shards) - 1) // length
+    tokens = shards.read(np.where(there, sequences, 0) * length, min(length, SHOWN, len(shards)))
     return [
-        stream.tokenizer.decode(stream.read(start, min(count, SHOWN))) if known else ""
-        for known, start, count in zip(there, starts.tolist(), counts.tolist(), strict=True)
+        shards.tokenizer.decode(row) if known else ""
+        for known, row in zip(there, tokens, strict=True)
     ]
 
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from chunks import Chunk
 from config import UserError
+from corpus.tokenizer import gpt2_tokenizer
 from left_out import LeftOut, Unusable
-from tokenizer import gpt2_tokenizer
 
 # Bytes of text that may wait for their turn, however large the chunks and however many the workers.
 AHEAD_BYTES = 256 << 20

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from files import write_atomically
+from corpus.shards import Manifest, Shard, npy_header, write_manifest
+from corpus.tokenizer import Tokenizer
 from left_out import LeftOut
-from manifests import Manifest, Shard, npy_header, sampled_digest, write_manifest
-from tokenizer import Tokenizer
+from utils import write_atomically
 
 # Tokens looked at in one go, so that what NumPy makes of them on the way stays small.
 BLOCK = 1 << 20
@@ -139,9 +139,7 @@ class ShardWriter:
         write_atomically(self.directory / file, header, payload)
         digest = hashlib.sha256(header)
         digest.update(payload)
-        sample = sampled_digest(self.directory / file)
-        sha256 = digest.hexdigest()
-        shard = Shard(file, split, len(tokens), text_bytes, sha256, self._reached, sample)
+        shard = Shard(file, split, len(tokens), text_bytes, digest.hexdigest(), self._reached)
         self.manifest = dataclasses.replace(self.manifest, shards=(*self.manifest.shards, shard))
 
     def _bytes(self, tokens: np.ndarray) -> int:

@@ -2,7 +2,7 @@
 
     AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
 
-A GPT with the switches of config.json: learned or rotary positions, LayerNorm or RMSNorm, GELU,
+A GPT with the switches of config.json: learned positions or RoPE, LayerNorm or RMSNorm, GELU,
 SwiGLU or ReLU^2, with biases or without; and, where `architecture` is "modern", the parts that it
 adds: a normalised embedding, norms without gains, normalised queries and keys, values mixed with
 those of the first block, the embedding mixed into every block, a soft cap, a head of its own.
@@ -41,15 +41,15 @@ class GPTConfig(PreTrainedConfig):
     dropout: float = 0.0
     attention_dropout: float | None = None
     architecture: str = "gpt2"
-    positions: str = "learned"
+    pos_emb: str = "learned"
     norm: str = "layernorm"
     activation: str = "gelu"
     bias: bool = True
     document_mask: bool = False
     qk_norm: bool = False
-    x0_shortcut: bool = False
+    x0_residual: bool = False
     value_residual: bool = False
-    softcap: float = 0.0
+    logit_softcap: float = 0.0
     tie_word_embeddings: bool = True
     use_cache: bool = True
     initializer_range: float = 0.02
@@ -70,7 +70,7 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.modern = config.architecture == "modern"
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        if config.positions == "learned":
+        if config.pos_emb == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -120,8 +120,8 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.hidden(input_ids, position_ids, mask, past_key_values)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])
-        if self.config.softcap:
-            logits = logits * (logits / self.config.softcap).square().add(1).rsqrt()
+        if self.config.logit_softcap:
+            logits = logits * (logits / self.config.logit_softcap).square().add(1).rsqrt()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
@@ -135,10 +135,10 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Return the final normalised states (B, T, C) of ids (B, T)."""
         x, rotation = self.wte(input_ids), None
-        if self.config.positions == "learned":
+        if self.config.pos_emb == "learned":
             x = x + self.wpe(position_ids)
         else:
-            rotation = rotation_of(position_ids, self.config.n_embd // self.config.n_head)
+            rotation = rope_cos_sin(position_ids, self.config.n_embd // self.config.n_head)
         x = x0 = self.drop(self.ln_f(x) if self.modern else x)
         first_values = None
         for block in self.h:
@@ -175,7 +175,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = build_norm(config)
         self.mlp = MLP(config)
-        self.mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_shortcut else None
+        self.mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.x0_residual else None
 
     def forward(
         self,
@@ -225,7 +225,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = (F.rms_norm(heads, (heads.size(-1),)) for heads in (q, k))
         if rotation is not None:
-            q, k = rotated(q, rotation), rotated(k, rotation)
+            q, k = apply_rope(q, rotation), apply_rope(k, rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         causal, dropout = mask is None and T > 1, self.dropout if self.training else 0.0
@@ -264,14 +264,14 @@ def build_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=gain, bias=config.bias)
 
 
-def rotation_of(position_ids: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(position_ids: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """Return cosines and sines, each (B, 1, T, head size / 2), float32, of tokens' angles."""
     steps = torch.arange(0, head_size, 2, device=position_ids.device) / head_size
     angles = position_ids[:, None, :, None] * 10_000.0**-steps
     return angles.cos(), angles.sin()
 
 
-def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rope(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Return queries or keys (B, heads, T, head size), turned, in their own dtype."""
     cos, sin = rotation
     # A position of 1,000 has no room in bfloat16's eight bits.

@@ -1,9 +1,9 @@
 // What the charts of a page share: the x axis, what of it is zoomed to, and where one points.
 
-const AXES = { update: "updates", tokens: "tokens", time: "training time" };
+const AXES = { step: "steps", tokens: "tokens", time: "training time" };
 const PAD = { left: 56, right: 14, top: 10, bottom: 30 };
 // axis: a key of AXES; range: what is zoomed to, null for all; charts: those on the page.
-const view = { axis: "update", range: null, charts: [], unit: 1, unitName: "s" };
+const view = { axis: "step", range: null, charts: [], unit: 1, unitName: "s" };
 
 /** Return the index of the last of ascending numbers that is at most `value`, or 0. */
 function lastBelow(numbers, value) {
@@ -27,15 +27,15 @@ function interpolate(xs, ys, x) {
   return ys[i] + slope * (x - xs[i]);
 }
 
-/** Return where an update of a run lies on an axis, and which update lies at a place on it. */
+/** Return where a step of a run lies on an axis, and which step lies at a place on it. */
 function placeOf(run, step, axis = view.axis) {
-  if (axis === "tokens") return step * run.curves.tokens_per_update;
-  if (axis === "update") return step;
+  if (axis === "tokens") return step * run.curves.batch_tokens;
+  if (axis === "step") return step;
   return interpolate(run.curves.clock.x, run.curves.clock.y, step) / view.unit;
 }
 function stepAt(run, place, axis = view.axis) {
-  if (axis === "tokens") return place / run.curves.tokens_per_update;
-  if (axis === "update") return place;
+  if (axis === "tokens") return place / run.curves.batch_tokens;
+  if (axis === "step") return place;
   return interpolate(run.curves.clock.y, run.curves.clock.x, place * view.unit);
 }
 
@@ -108,20 +108,20 @@ function limits(shown, rules, from, to, logarithmic, cut) {
   return [low >= 0 ? Math.max(low - room, 0) : low - room, high + room, peak];
 }
 
-/** Return a place on the x axis in words: the update, its tokens and its time. */
+/** Return a place on the x axis in words: the step, its tokens and its time. */
 function describe(run, place) {
   const step = Math.round(stepAt(run, place)),
     seconds = placeOf(run, step, "time") * view.unit;
   const time = Number.isFinite(seconds) ? `, ${short(seconds / view.unit)} ${view.unitName}` : "";
-  const tokens = `${short(step * run.curves.tokens_per_update)} tokens`;
-  // Updates and tokens of several runs need not go together.
+  const tokens = `${short(step * run.curves.batch_tokens)} tokens`;
+  // Steps and tokens of several runs need not go together.
   if (view.runs.length > 1)
-    return view.axis === "update"
-      ? `update ${step.toLocaleString("en")}`
+    return view.axis === "step"
+      ? `step ${step.toLocaleString("en")}`
       : view.axis === "tokens"
         ? `${short(place)} tokens`
         : `${short(place)} ${view.unitName}`;
-  return `update ${step.toLocaleString("en")}, ${tokens}${time}`;
+  return `step ${step.toLocaleString("en")}, ${tokens}${time}`;
 }
 
 /** Return the first and the last place of everything on the page. */

@@ -1,4 +1,4 @@
-// What the model makes of a passage, token by token, and which windows of the corpus are hard.
+// What the model makes of a passage, token by token, and which sequences of the corpus are hard.
 
 const MARKS = { "\n": "↵\n", "\t": "→\t" };
 // A loss at which the colour is full: one in three thousand.
@@ -7,7 +7,7 @@ const HOTTEST = 8;
 function insight() {
   return [
     ...(data.passage ? [passageSection(data.passage)] : []),
-    ...(data.windows ? [windowSection(data.windows)] : []),
+    ...(data.sequences ? [sequenceSection(data.sequences)] : []),
   ];
 }
 
@@ -137,28 +137,28 @@ function tokenFacts([shown, loss, likeliest]) {
 const visible = (word) =>
   word.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "→");
 
-function windowSection(windows) {
-  const parts = [heading("windows", "The corpus by loss")];
-  if (windows.skipped) return [...parts, text(windows.skipped, "soft")];
+function sequenceSection(sequences) {
+  const parts = [heading("sequences", "The corpus by loss")];
+  if (sequences.skipped) return [...parts, text(sequences.skipped, "soft")];
   const box = element("div", {}),
-    rankings = Object.fromEntries(windows.rankings.map((ranking) => [ranking.by, ranking]));
+    rankings = Object.fromEntries(sequences.rankings.map((ranking) => [ranking.by, ranking]));
   const show = (by) => box.replaceChildren(...rankingParts(rankings[by]));
   show("excess");
   return [
     ...parts,
     text(
-      `${windows.reads.toLocaleString("en")} losses of ` +
-        `${windows.windows.toLocaleString("en")} windows. ` +
-        "A window read early has a high loss because the model knew little; compared with its " +
-        "update, what remains is the text. " +
-        windows.missing,
+      `${sequences.reads.toLocaleString("en")} losses of ` +
+        `${sequences.sequences.toLocaleString("en")} sequences. ` +
+        "A sequence read early has a high loss because the model knew little; compared with its " +
+        "step, what remains is the text. " +
+        sequences.missing,
     ),
     element(
       "div",
       { class: "bar" },
       choice(
         "ranked by",
-        { excess: "loss above that of its update", loss: "loss" },
+        { excess: "loss above that of its step", loss: "loss" },
         "excess",
         show,
       ),
@@ -172,7 +172,7 @@ function rankingParts({ by, highest, lowest, histogram }) {
     `${value > 0 ? "+" : value < 0 ? "−" : ""}${Math.abs(value).toFixed(3)}`;
   const rows = (list) =>
     list.map((row) => [
-      row.window.toLocaleString("en"),
+      row.sequence.toLocaleString("en"),
       row.loss.toFixed(3),
       signed(row.excess),
       row.reads.toLocaleString("en"),
@@ -185,7 +185,7 @@ function rankingParts({ by, highest, lowest, histogram }) {
       { open },
       element("summary", {}, title),
       table(
-        ["window", "mean loss", "above its update", "times read", "first → last", "begins"],
+        ["sequence", "mean loss", "above its step", "times read", "first → last", "begins"],
         rows(list),
         title,
       ),
@@ -193,9 +193,9 @@ function rankingParts({ by, highest, lowest, histogram }) {
   return [
     bars(
       histogram,
-      by === "loss" ? "mean loss, nats a token" : "loss above that of its update, nats a token",
+      by === "loss" ? "mean loss, nats a token" : "loss above that of its step, nats a token",
     ),
-    listed(`The ${highest.length} windows with the highest loss`, highest, true),
+    listed(`The ${highest.length} sequences with the highest loss`, highest, true),
     listed(`The ${lowest.length} with the lowest`, lowest, false),
   ];
 }
@@ -218,7 +218,7 @@ function bars({ edges, counts }, title) {
       element(
         "title",
         {},
-        `${short(edges[i])} to ${short(edges[i + 1])}: ${count.toLocaleString("en")} windows`,
+        `${short(edges[i])} to ${short(edges[i + 1])}: ${count.toLocaleString("en")} sequences`,
       ),
     ),
   );
@@ -236,7 +236,7 @@ function bars({ edges, counts }, title) {
   return element(
     "section",
     { class: "chart", style: { "margin-bottom": "12px" } },
-    element("header", {}, element("h3", {}, `Windows by ${title}`)),
+    element("header", {}, element("h3", {}, `Sequences by ${title}`)),
     svg,
     element(
       "div",

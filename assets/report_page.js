@@ -28,7 +28,7 @@ function header() {
               "dd",
               {},
               main,
-              at ? element("small", {}, at.replace(/^at /, "at update ")) : null,
+              at ? element("small", {}, at.replace(/^at /, "at step ")) : null,
             ),
           );
         }),
@@ -58,7 +58,7 @@ function header() {
 function evaluationSection() {
   if (!data.runs.some((run) => run.evaluations.length)) return [];
   const rows = new Map(),
-    when = ({ at }) => (typeof at === "number" ? `update ${at.toLocaleString("en")}` : at);
+    when = ({ at }) => (typeof at === "number" ? `step ${at.toLocaleString("en")}` : at);
   for (const [i, run] of data.runs.entries())
     for (const row of run.evaluations) {
       // Runs side by side share a row for what was measured in the same way.
@@ -120,7 +120,7 @@ function sampleSection() {
   });
   const show = () => {
     const step = steps[slider.value];
-    output.textContent = `after update ${step.toLocaleString("en")}`;
+    output.textContent = `after step ${step.toLocaleString("en")}`;
     slider.setAttribute("aria-valuetext", output.textContent);
     const found = data.runs.map(
       (run) => run.samples.find((sample) => sample.step === step)?.texts || [],

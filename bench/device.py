@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.processes import peak, reset_peak
 from bench.record import device_name
-from devices import peak_flops, synchronize
+from training.distributed import peak_flops, synchronize
 
 
 def begin_memory(device: torch.device) -> int:

@@ -25,19 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.processes import in_fresh_process, peak, reset_peak
+from bench.processes import alone, in_fresh_process, peak, reset_peak
 from bench.record import report
 from benchmark import Task
 from config import ModelConfig
-from devices import autocast, pick_device
-from distributed import World
+from corpus.tokenizer import gpt2_tokenizer
 from evaluate import BATCH_TOKENS
 from likelihood import Request, windows
 from model import GPT
 from packing import Plan, plan
 from scoring import Scorer
 from tasks import open_task
-from tokenizer import gpt2_tokenizer
+from training.distributed import autocast
 
 CONTEXT = 1024
 UNITS = {"hellaswag": "examples/s", "wikitext": "tokens/s"}
@@ -87,7 +86,7 @@ def main() -> None:
 
 def measure(name: str, task_name: str, dtype_name: str, count: int, device_name: str) -> Figures:
     """Return the speed, and the peak memory beyond the process with its model, MB."""
-    device, dtype = pick_device(device_name), getattr(torch, dtype_name)
+    device, dtype = alone(device_name).device, getattr(torch, dtype_name)
     torch.manual_seed(0)
     task = open_task(task_name, gpt2_tokenizer())
     if task_name == "wikitext":
@@ -115,7 +114,7 @@ def _ours(
     task: Task, count: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[bool], float]:
     """Return what scores evenly chosen batches of the task's whole plan."""
-    scorer = Scorer(GPT(ModelConfig()).to(device), World(0, 1, device), dtype)
+    scorer = Scorer(GPT(ModelConfig()).to(device), alone(device.type), dtype)
     batch_tokens = BATCH_TOKENS[device.type]
     whole = plan(task.requests, CONTEXT, batch_tokens, 50257, scorer.few_shapes)
     batches = whole.batches
@@ -193,6 +192,6 @@ def wikitext_loop(model: Any, window: tuple[np.ndarray, int]) -> int:
 
 if __name__ == "__main__":
     # Not at the top: spawned processes import this module again, and have no command line.
-    from command_line import parse, run_script
+    from utils import parse, run_script
 
     run_script(main)

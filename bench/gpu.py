@@ -24,9 +24,9 @@ from typing import Literal
 import load_fineweb
 from bench import gpu_ladder, gpu_profile, gpu_report, gpu_sections, gpu_uses
 from bench.gpu_job import FULL, TINY, Job, Scale
+from bench.processes import alone
 from config import UserError
-from devices import pick_device
-from manifests import DATA_DIR, find_data, read_manifest
+from corpus.shards import DATA_DIR, find_data, read_manifest
 
 # What is measured, in this order, and the most seconds each may take of nine minutes. The training
 # comes last and takes what is left, up to two minutes of it; the others leave it that.
@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[Callable[[Job], None], float]] = {
     "throughput": (gpu_sections.throughput, 110),
     "against transformers": (gpu_sections.against_transformers, 60),
     "evaluation": (gpu_uses.evaluation, 45),
-    "profile": (gpu_profile.profile_update, 30),
+    "profile": (gpu_profile.profile_step, 30),
     "ladder": (gpu_ladder.ladder, 90),
     "attention": (gpu_sections.attention, 15),
     "losses": (gpu_sections.losses, 20),
@@ -75,7 +75,7 @@ def main() -> None:
     options, began = parse(Options), time.time()
     if options.device == "cpu" and not options.tiny:
         raise UserError("On a CPU this would take hours; add --tiny, or run bench.train_step.")
-    pick_device(options.device)
+    alone(options.device)
     data = prepared(options.data)
     scale = sized(TINY if options.tiny else FULL, data)
     results = new_results(options.out)
@@ -156,6 +156,6 @@ def measure_section(job: Job) -> None:
 
 if __name__ == "__main__":
     # Not at the top: started processes import this module again, and have no command line.
-    from command_line import parse, run_script
+    from utils import parse, run_script
 
     run_script(main)

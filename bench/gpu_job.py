@@ -15,7 +15,7 @@ class Scale:
     """How large things are: on a GPU, or in a test."""
 
     model: ModelConfig
-    # Windows in a micro-batch: where claims are made, and those of the sweep, by their value.
+    # Sequences in a micro-batch: where claims are made, and those of the sweep, by their value.
     batch: int
     micro_batches: tuple[int, ...]
     ladder_batch: int
@@ -23,12 +23,12 @@ class Scale:
     attention: tuple[int, int, int, int]
     loss_rows: int
     warm_up: int
-    updates: int
+    steps: int
     # Of HellaSwag, or made up.
     examples: int
     sample_rows: tuple[int, ...]
     sample_tokens: int
-    # Seconds of training, and windows in one of its updates.
+    # Seconds of training, and sequences in one of its steps.
     training_seconds: float
     training_batch: int
 
@@ -41,7 +41,7 @@ FULL = Scale(
     attention=(16, 12, 1024, 64),
     loss_rows=32_768,
     warm_up=3,
-    updates=10,
+    steps=10,
     examples=10_042,
     sample_rows=(1, 8, 64),
     sample_tokens=256,
@@ -56,7 +56,7 @@ TINY = Scale(
     attention=(2, 2, 16, 8),
     loss_rows=64,
     warm_up=1,
-    updates=2,
+    steps=2,
     examples=8,
     sample_rows=(1, 2),
     sample_tokens=4,

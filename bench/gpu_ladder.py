@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from bench.device import begin_memory, free_memory, peak_memory, seconds_of
 from bench.gpu_job import Job
+from bench.processes import alone
 from bench.train_step import Case, measure
 from config import ModelConfig
-from counts import flops_per_token
-from devices import autocast, peak_flops, pick_device
+from training.distributed import autocast, peak_flops
 
 RUNGS = (
     *("float32", "TF32", "bfloat16", "compile"),
@@ -27,7 +27,7 @@ RUNGS = (
 
 def ladder(job: Job) -> None:
     """Record tokens/s of every rung, each against the one below it, and of this project's step."""
-    device, scale = pick_device(job.device), job.scale
+    device, scale = alone(job.device).device, job.scale
     batch, below, slowest = scale.ladder_batch, None, 0.0
     for height, rung in enumerate(RUNGS, start=1):
         batch, speed, gigabytes = highest_fitting(frozenset(RUNGS[:height]), job, batch, device)
@@ -51,8 +51,8 @@ def record_rung(
     slowest: float,
 ) -> None:
     """Write down one rung's tokens/s, with what it gains over the one below and over the first."""
-    peak = peak_flops(pick_device(job.device))
-    mfu = speed * flops_per_token(job.scale.model) / peak if peak else None
+    peak = peak_flops(alone(job.device).device)
+    mfu = speed * job.scale.model.flops_per_token / peak if peak else None
     details = {
         "rung": rung,
         "micro-batch": batch,
@@ -73,8 +73,8 @@ def highest_fitting(
     while True:
         try:
             before = begin_memory(device)
-            update = plain_update(has, job.scale.model, batch, device)
-            seconds = seconds_of(update, device, job.scale.updates)
+            step = plain_step(has, job.scale.model, batch, device)
+            seconds = seconds_of(step, device, job.scale.steps)
             gigabytes = (peak_memory(device) - before) / 1e9
             return batch, batch * job.scale.model.block_size / seconds, gigabytes
         except torch.OutOfMemoryError:
@@ -82,14 +82,14 @@ def highest_fitting(
                 raise
             batch //= 2
         finally:
-            update = None
+            step = None
             free_memory(device)
 
 
-def plain_update(
+def plain_step(
     has: frozenset[str], config: ModelConfig, batch: int, device: torch.device
 ) -> Callable[[], Tensor]:
-    """Return what makes one update of a plain GPT-2 on random windows, and returns its loss."""
+    """Return what makes one step of a plain GPT-2 on random sequences, and returns its loss."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if "TF32" in has else "highest")
     dtype = torch.bfloat16 if "bfloat16" in has else torch.float32
@@ -100,18 +100,18 @@ def plain_update(
     forward = torch.compile(model, dynamic=False) if compiles else model
     fused = "fused AdamW" in has
     optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), fused=fused)
-    windows = torch.randint(config.vocab_size, (batch, config.block_size + 1), device=device)
+    sequences = torch.randint(config.vocab_size, (batch, config.block_size + 1), device=device)
 
-    def update() -> Tensor:
+    def step() -> Tensor:
         with autocast(device, dtype):
-            loss = forward(windows[:, :-1], windows[:, 1:])
+            loss = forward(sequences[:, :-1], sequences[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
 
-    return update
+    return step
 
 
 class PlainGPT(nn.Module):

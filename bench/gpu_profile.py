@@ -1,4 +1,4 @@
-"""Where the time of one update goes: matrix products, attention, loss, optimizer, other, idle."""
+"""Where the time of one step goes: matrix products, attention, loss, optimizer, other, idle."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from contextlib import closing
 
 from bench.device import kernel_seconds
 from bench.gpu_job import Job
+from bench.processes import alone
 from bench.train_step import Case, ours
-from devices import pick_device
 
 # What kernels, or operators on a CPU, have in their names; the first class that fits is theirs.
 # Attention comes first, since its kernels are made of the same libraries as the products', and the
@@ -25,27 +25,27 @@ CLASSES = {
 LISTED = 12
 
 
-def profile_update(job: Job) -> None:
-    """Record the seconds of every class of kernels in one update of ours, and the longest ones."""
-    device, scale = pick_device(job.device), job.scale
+def profile_step(job: Job) -> None:
+    """Record the seconds of every class of kernels in one step of ours, and the longest ones."""
+    device, scale = alone(job.device).device, job.scale
     case = Case(
         *("ours", scale.model, job.data, scale.batch, "bfloat16", job.compile_modes[0]),
         device=job.device,
         warm_up=scale.warm_up,
-        updates=3 * scale.updates,
+        steps=3 * scale.steps,
     )
     with closing(ours(case, device)) as losses:
         for _ in range(scale.warm_up):
             next(losses)
-        kernels, wall = kernel_seconds(lambda: next(losses), device, scale.updates)
+        kernels, wall = kernel_seconds(lambda: next(losses), device, scale.steps)
     details = {"micro-batch": scale.batch, "compile": case.compile}
     spent: dict[str, float] = defaultdict(float)
     for name, seconds in kernels:
         spent[class_of(name)] += seconds
     for part, seconds in shares(spent, wall):
         facts = {"part": part, "share": round(seconds / wall, 4), **details}
-        job.record(f"an update, {part}", 1e3 * seconds, "ms", facts)
-    job.record("an update, in all", 1e3 * wall, "ms", {"part": "in all", "share": 1.0, **details})
+        job.record(f"a step, {part}", 1e3 * seconds, "ms", facts)
+    job.record("a step, in all", 1e3 * wall, "ms", {"part": "in all", "share": 1.0, **details})
     for name, seconds in kernels[:LISTED]:
         facts = {"kernel": name[:80], "class": class_of(name), "share": round(seconds / wall, 4)}
         job.record("kernel", 1e3 * seconds, "ms", facts)

@@ -22,7 +22,7 @@ TITLES = {
     "throughput": "Training speed by micro-batch",
     "against transformers": "Against a plain loop around transformers",
     "evaluation": "Evaluation",
-    "profile": "Where one update's time goes",
+    "profile": "Where one step's time goes",
     "ladder": "The optimisation ladder",
     "attention": "Causal attention, forward and backward",
     "losses": "The loss, forward and backward",
@@ -193,7 +193,7 @@ def draw_throughput(axes: Any, lines: list[Line]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("windows in a micro-batch")
+    axes.set_xlabel("sequences in a micro-batch")
     axes.set_ylabel("tokens/s")
     axes.legend()
 
@@ -229,6 +229,6 @@ PLOTS: dict[str, Callable[[Any, list[Line]], None]] = {
 
 if __name__ == "__main__":
     # Not at the top: bench.gpu and its processes import this module, and parse their own options.
-    from command_line import parse, run_script
+    from utils import parse, run_script
 
     run_script(main)

@@ -22,11 +22,11 @@ from bench.device import (
     seconds_of,
 )
 from bench.gpu_job import Job
-from bench.gpu_ladder import RUNGS, plain_update
+from bench.gpu_ladder import RUNGS, plain_step
+from bench.processes import alone
 from bench.train_step import LOOPS, Case, measure
-from counts import flops_per_token
-from cross_entropy import chunked_cross_entropy
-from devices import autocast, peak_flops, pick_device, synchronize
+from loss import cross_entropy
+from training.distributed import autocast, peak_flops, synchronize
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -38,7 +38,7 @@ BACKENDS = {
 
 def machine(job: Job) -> None:
     """Record what machine this is, and the speed of one large product in bfloat16."""
-    device = pick_device(job.device)
+    device = alone(job.device).device
     size = 8192 if device.type == "cuda" else 256
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     seconds = seconds_of(lambda: a @ b, device, times=20, warm_up=5)
@@ -46,18 +46,18 @@ def machine(job: Job) -> None:
     job.record("matrix product in bfloat16", 2 * size**3 / seconds / 1e12, "TFLOP/s", details)
 
 
-def case_of(job: Job, loop: str, micro_batch: int, mode: str) -> Case:
+def case_of(job: Job, loop: str, micro_batch_size: int, mode: str) -> Case:
     """Return the case of a loop at a micro-batch, with or without torch.compile."""
     scale = job.scale
     return Case(
-        *(loop, scale.model, job.data, micro_batch, "bfloat16", mode, job.device),
-        *(scale.warm_up, scale.updates),
+        *(loop, scale.model, job.data, micro_batch_size, "bfloat16", mode, job.device),
+        *(scale.warm_up, scale.steps),
     )
 
 
 def throughput(job: Job) -> None:
     """Record tokens/s, MFU and peak memory of ours, compiled and not, by micro-batch."""
-    device, longest = pick_device(job.device), {"on": 0.0, "off": 0.0}
+    device, longest = alone(job.device).device, {"on": 0.0, "off": 0.0}
     first, *others = job.scale.micro_batches
     wanted = [(first, mode) for mode in job.compile_modes]
     wanted += [(size, mode) for mode in job.compile_modes for size in others]
@@ -76,7 +76,7 @@ def throughput(job: Job) -> None:
                 raise
             job.record(name, None, "tokens/s", details | {"note": "out of memory"})
         else:
-            details["ms an update"] = round(1e3 * found.seconds, 3)
+            details["ms a step"] = round(1e3 * found.seconds, 3)
             details["MFU"] = found.mfu and round(found.mfu, 4)
             details["peak GB"] = round(found.megabytes / 1e3, 3)
             job.record(name, found.tokens_per_second, "tokens/s", details)
@@ -86,7 +86,7 @@ def throughput(job: Job) -> None:
 
 def against_transformers(job: Job) -> None:
     """Record tokens/s of ours and of a plain loop around transformers' GPT-2, taking turns."""
-    device, size = pick_device(job.device), job.scale.batch
+    device, size = alone(job.device).device, job.scale.batch
     mode = job.compile_modes[0]
     if not importlib.util.find_spec("transformers"):
         note = "transformers is not installed"
@@ -107,7 +107,7 @@ def against_transformers(job: Job) -> None:
     details = {"micro-batch": size, "compile": mode, "reference": "transformers, plain loop"}
     peak = peak_flops(device)
     if peak:
-        share = flops_per_token(job.scale.model) / peak
+        share = job.scale.model.flops_per_token / peak
         details |= {"MFU": round(ours * share, 4), "its MFU": round(theirs * share, 4)}
     job.record("training, against transformers", ours, "tokens/s", details, theirs)
 
@@ -117,7 +117,7 @@ def by_turns(cases: list[Case], device: torch.device, rounds: int = 3) -> list[f
     with contextlib.ExitStack() as stack:
         loops: list[Iterator] = []
         for case in cases:
-            whole = dataclasses.replace(case, updates=rounds * case.updates)
+            whole = dataclasses.replace(case, steps=rounds * case.steps)
             loop = stack.enter_context(contextlib.closing(LOOPS[case.loop](whole, device)))
             for _ in range(case.warm_up):
                 next(loop)
@@ -127,17 +127,17 @@ def by_turns(cases: list[Case], device: torch.device, rounds: int = 3) -> list[f
             for case, loop, found in zip(cases, loops, speeds, strict=True):
                 synchronize(device)
                 start = time.perf_counter()
-                for _ in range(case.updates):
+                for _ in range(case.steps):
                     next(loop)
                 synchronize(device)
-                tokens = case.updates * case.batch * case.model.block_size
+                tokens = case.steps * case.batch * case.model.block_size
                 found.append(tokens / (time.perf_counter() - start))
     return [statistics.median(found) for found in speeds]
 
 
 def attention(job: Job) -> None:
     """Record ms and TFLOP/s of causal attention, forward and backward, by backend."""
-    device = pick_device(job.device)
+    device = alone(job.device).device
     B, H, T, D = job.scale.attention
     qkv = torch.randn(B, T, 3, H, D, device=device, dtype=torch.bfloat16)
     q, k, v = (part.detach().requires_grad_() for part in qkv.permute(2, 0, 3, 1, 4))
@@ -182,7 +182,7 @@ def backend(name: str) -> Iterator[None]:
 
 def losses(job: Job) -> None:
     """Record ms and peak memory of the loss, forward and backward, in every way it can be had."""
-    device, model = pick_device(job.device), job.scale.model
+    device, model = alone(job.device).device, job.scale.model
     x = torch.randn(job.scale.loss_rows, model.n_embd, device=device, requires_grad=True)
     weight = (0.02 * torch.randn(model.padded_vocab_size, model.n_embd, device=device)).detach()
     weight.requires_grad_()
@@ -198,7 +198,7 @@ def losses(job: Job) -> None:
         details = {"way": name, "rows": len(x)}
         before = begin_memory(device)
         try:
-            seconds = seconds_of(run, device, job.scale.updates)
+            seconds = seconds_of(run, device, job.scale.steps)
         except RuntimeError as error:
             note = str(error).splitlines()[0][:100]
             job.record(f"loss, {name}", None, "ms", details | {"note": note})
@@ -212,7 +212,7 @@ def ways(vocab_size: int, compiles: bool) -> dict[str, Callable[..., Tensor]]:
     """Return functions of (x, weight, targets) that compute the mean cross-entropy, by name."""
 
     def ours(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return chunked_cross_entropy(x, weight, targets, vocab_size)
+        return cross_entropy(x, weight, targets, vocab_size)[0]
 
     def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight)[:, :vocab_size].float(), targets)
@@ -234,28 +234,28 @@ def ways(vocab_size: int, compiles: bool) -> dict[str, Callable[..., Tensor]]:
 
 
 def host_reads(job: Job) -> None:
-    """Record tokens/s of a loop that reads every loss back at once, or one update late.
+    """Record tokens/s of a loop that reads every loss back at once, or one step late.
 
-    A program that reads a loss waits for the GPU, which then waits for the program; one update
+    A program that reads a loss waits for the GPU, which then waits for the program; one step
     later the loss is long there.
     """
-    device, scale = pick_device(job.device), job.scale
+    device, scale = alone(job.device).device, job.scale
     for batch in sorted({min(scale.micro_batches), scale.ladder_batch}):
-        update = plain_update(frozenset(RUNGS) - {"compile"}, scale.model, batch, device)
+        step = plain_step(frozenset(RUNGS) - {"compile"}, scale.model, batch, device)
         for late in (False, True):
-            seconds = seconds_of(reading(update, late), device, 2 * scale.updates)
-            details = {"micro-batch": batch, "read": "one update late" if late else "at once"}
+            seconds = seconds_of(reading(step, late), device, 2 * scale.steps)
+            details = {"micro-batch": batch, "read": "one step late" if late else "at once"}
             name = f"micro-batch {batch}, losses read {details['read']}"
             job.record(name, batch * scale.model.block_size / seconds, "tokens/s", details)
         free_memory(device)
 
 
-def reading(update: Callable[[], Tensor], late: bool) -> Callable[[], float]:
-    """Return what makes an update and reads its loss, or the loss of the one before."""
-    waiting = deque([update()] if late else [])
+def reading(step: Callable[[], Tensor], late: bool) -> Callable[[], float]:
+    """Return what makes a step and reads its loss, or the loss of the one before."""
+    waiting = deque([step()] if late else [])
 
     def run() -> float:
-        waiting.append(update())
+        waiting.append(step())
         return waiting.popleft().item()
 
     return run

@@ -14,17 +14,16 @@ import torch
 
 from bench.device import free_memory
 from bench.gpu_job import Job, read_results
+from bench.processes import alone
 from bench.sample import measure
 from config import UserError
-from devices import pick_device
-from distributed import World
+from corpus.tokenizer import GPT2Tokenizer, gpt2_tokenizer
 from evaluate import BATCH_TOKENS
 from likelihood import Request
 from model import GPT
 from packing import plan
 from scoring import Scorer
 from tasks import open_task
-from tokenizer import GPT2Tokenizer, gpt2_tokenizer
 
 ROOT = Path(__file__).parent.parent
 # Points of a loss curve that are kept.
@@ -33,14 +32,14 @@ POINTS = 200
 
 def evaluation(job: Job) -> None:
     """Record examples/s of HellaSwag, or of made-up requests like its, by arithmetic and mode."""
-    device, config = pick_device(job.device), job.scale.model
+    device, config = alone(job.device).device, job.scale.model
     name, requests = requests_of(job)
     model = GPT(config).to(device)
     # float32 is what evaluate.py does by default.
     for dtype, mode in (("bfloat16", "off"), ("bfloat16", "on"), ("float32", "off")):
         if mode not in job.compile_modes:
             continue
-        scorer = Scorer(model, World(0, 1, device), getattr(torch, dtype), mode)
+        scorer = Scorer(model, alone(job.device), getattr(torch, dtype), mode)
         batch_tokens = BATCH_TOKENS[device.type]
         # The first time, whatever is compiled or chosen by measurement is.
         for first in (True, False):
@@ -90,7 +89,7 @@ def requests_of(job: Job) -> tuple[str, list[Request]]:
 
 def sampling(job: Job) -> None:
     """Record tokens/s of ours by rows that advance together, and of the usual ways with one row."""
-    device, scale = pick_device(job.device), job.scale
+    device, scale = alone(job.device).device, job.scale
     ways = [("no cache", "bfloat16", 1), ("transformers", "float32", 1)]
     ways += [("ours", "bfloat16", rows) for rows in scale.sample_rows]
     theirs = None
@@ -120,11 +119,11 @@ def training(job: Job) -> None:
     It is as long as time allows, `training_seconds` at most.
     """
     scale = job.scale
-    updates = updates_in(min(scale.training_seconds, job.left - 75), job)
+    steps = steps_in(min(scale.training_seconds, job.left - 75), job)
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, str(ROOT / "main.py"), "gpt2", "--data", job.data]
         command += ["--name", "short", "--train.runs-dir", runs, "--train.device", job.device]
-        command += options_of(job, updates)
+        command += options_of(job, steps)
         with open(Path(runs) / "output", "w+b") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output)
             try:
@@ -135,24 +134,24 @@ def training(job: Job) -> None:
                 process.wait(timeout=20)
             output.seek(0)
             said = output.read().decode(errors="replace")
-        record_curve(job, Path(runs) / "short" / "metrics.jsonl", updates, said)
+        record_curve(job, Path(runs) / "short" / "metrics.jsonl", steps, said)
         if process.returncode:
             raise RuntimeError(f"main.py ended with {process.returncode}: {said[-300:]}")
 
 
-def options_of(job: Job, updates: int) -> list[str]:
-    """Return the options that give a run of main.py the scale's size and as many updates."""
+def options_of(job: Job, steps: int) -> list[str]:
+    """Return the options that give a run of main.py the scale's size and as many steps."""
     model, tokens = job.scale.model, job.scale.training_batch * job.scale.model.block_size
     options = {
         **{f"model.{n}": getattr(model, n) for n in ("n_layer", "n_head", "n_embd", "block_size")},
-        "train.updates": updates,
-        "train.tokens_per_update": tokens,
-        "train.val_interval": max(updates // 8, 1),
+        "train.steps": steps,
+        "train.batch_tokens": tokens,
+        "train.val_interval": max(steps // 8, 1),
         "train.val_tokens": 16 * tokens,
         "train.eval_interval": 0,
         "train.checkpoint_interval": 0,
-        "train.order": "shuffle_windows",
-        # An update is an eighth of the recipe's, so the rate is less too.
+        "train.shuffle": "sequences",
+        # A step is an eighth of the recipe's, so the rate is less too.
         "optim.lr": 1e-3,
     }
     words = []
@@ -161,8 +160,8 @@ def options_of(job: Job, updates: int) -> list[str]:
     return words
 
 
-def updates_in(seconds: float, job: Job) -> int:
-    """Return how many updates fit, by the best speed that was measured; 6 in a test."""
+def steps_in(seconds: float, job: Job) -> int:
+    """Return how many steps fit, by the best speed that was measured; 6 in a test."""
     if job.scale.training_seconds == 0:
         return 6
     lines = read_results(job.results)
@@ -173,7 +172,7 @@ def updates_in(seconds: float, job: Job) -> int:
     return max(int(0.85 * seconds * max(speeds, default=50_000.0) / tokens), 20)
 
 
-def record_curve(job: Job, path: Path, updates: int, said: str) -> None:
+def record_curve(job: Job, path: Path, steps: int, said: str) -> None:
     """Record the curve and the end of a run from its metrics; raises RuntimeError without any."""
     lines: list[dict[str, Any]] = []
     if path.exists():
@@ -192,7 +191,7 @@ def record_curve(job: Job, path: Path, updates: int, said: str) -> None:
     share = last["mfu"] and last["mfu"] * tokens / seconds / last["tokens_per_second"]
     every = max(len(train) // POINTS, 1)
     details = {
-        "updates": f"{last['step']} of {updates}",
+        "steps": f"{last['step']} of {steps}",
         "tokens": last["tokens"],
         "seconds": round(last["seconds"], 2),
         "MFU": share and round(share, 4),

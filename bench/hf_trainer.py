@@ -1,23 +1,24 @@
 """The same run by transformers.Trainer and Accelerate, and beside it our own.
 
-    python -m bench.hf_trainer [--size nano] [--data pydocs] [--updates 100] [--compare]
+    python -m bench.hf_trainer [--size nano] [--data pydocs] [--steps 100] [--compare]
     torchrun --standalone --nproc_per_node=8 -m bench.hf_trainer --size 124m
     accelerate launch --config_file bench/accelerate_zero1.yaml -m bench.hf_trainer --size 124m
 
 The settings are those of a reproduction with Hugging Face's tools: AdamW with Trainer's defaults
-but a weight decay of 0.1 and the rate of the size (6e-4 at 124M), a warm-up of 700 updates (of
+but a weight decay of 0.1 and the rate of the size (6e-4 at 124M), a warm-up of 700 steps (of
 18,849, and as large a part of other lengths), linear decay to zero, gradients clipped at norm 1,
-bfloat16; its 64 windows on each of eight GPUs are the 524,288 tokens of an update at 124M.
+bfloat16; its 64 sequences on each of eight GPUs are the 524,288 tokens of a step at 124M.
 
 `hf_peer.py` trains; runs/NAME is left as by main.py, so `python results.py NAME-ours NAME` lays the
 curves over each other, and runs/NAME/hf is the model for sample.py, evaluate.py and lm_eval. With
 `--compare`, both loops run in turn, each in a process of its own: tokens a second, without
-validation and the first updates, and the largest difference of the first 50 training losses.
+validation and the first steps, and the largest difference of the first 50 training losses.
 """
 
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,13 +29,11 @@ from typing import Literal
 import recipes
 from bench.processes import in_fresh_process
 from bench.record import report, result
-from config import Config, UserError, replace
-from logs import create_run
+from config import Config, UserError, divisors, replace
 from main import complete_config
 from metrics import Run, points, read_run
-from roll_call import rank_and_size
 
-# Updates before the clock starts, where there are that many; and losses that are compared.
+# Steps before the clock starts, where there are that many; and losses that are compared.
 WARM_UP = 5
 COMPARED = 50
 
@@ -47,8 +46,8 @@ class Options:
     """How big, as in recipes.py."""
     data: str = "pydocs"
     """Directory of token shards, or its name under data/."""
-    updates: int | None = None
-    """Number of weight updates; by default the size's token budget."""
+    steps: int | None = None
+    """Number of optimizer steps; by default the size's token budget."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Arithmetic of matrix products, over float32 weights."""
     seed: int = 1337
@@ -71,15 +70,22 @@ def main() -> None:
     for package in ("transformers", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed; `pip install {package}` brings it.")
-    if options.compare and rank_and_size()[1] > 1:
+    if options.compare and _environ("WORLD_SIZE", 1) > 1:
         raise UserError("--compare is for one process; leave out torchrun.")
     config = complete_config(config_of(options))
-    config = recipes.fit_micro_batch(config, rank_and_size()[1])
+    share = config.sequences_per_rank(_environ("WORLD_SIZE", 1))
+    limit = recipes.micro_batch_limit(config)
+    fitting = max(count for count in divisors(share) if count <= limit)
+    config = replace(config, {"train.micro_batch_size": fitting})
     check_new(config, *(("", "-ours") if options.compare else ("",)))
     if options.compare:
         compare(config, options.repeats)
     else:
         theirs(config)
+
+
+def _environ(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
 
 
 def config_of(options: Options) -> Config:
@@ -91,12 +97,12 @@ def config_of(options: Options) -> Config:
         "data": options.data,
         "name": options.name or f"hf-trainer-{options.size}",
         "optim.schedule": "linear",
-        "optim.warmup": 700 / 18_849,
-        "optim.final_lr": 0.0,
+        "optim.warmup_frac": 700 / 18_849,
+        "optim.final_lr_frac": 0.0,
         # Trainer's own.
         "optim.beta2": 0.999,
-        "train.order": "shuffle_windows",
-        "train.updates": options.updates,
+        "train.shuffle": "sequences",
+        "train.steps": options.steps,
         "train.eval_interval": 0,
         "train.checkpoint_interval": 0,
         "train.sample_tokens": 0,
@@ -113,7 +119,7 @@ def check_new(config: Config, *endings: str) -> None:
     for ending in endings:
         run = Path(config.train.runs_dir) / f"{config.name}{ending}"
         # The other processes may look when the first has made it.
-        if rank_and_size()[0] == 0 and run.exists():
+        if _environ("RANK", 0) == 0 and run.exists():
             raise UserError(f"The run {run} exists; choose another --name.")
 
 
@@ -128,13 +134,14 @@ def theirs(config: Config) -> None:
 
 def ours(config: Config) -> None:
     """Train with our own loop, on this process."""
-    from distributed import join_world
+    from bench.processes import alone
     from train import train
+    from training.logger import create_run
 
     run = Path(config.train.runs_dir) / config.name
-    with contextlib.redirect_stdout(sys.stderr), join_world(config.train.device) as world:
+    with contextlib.redirect_stdout(sys.stderr):
         create_run(run, config)
-        train(config, run, world)
+        train(config, run, alone(config.train.device))
 
 
 def compare(config: Config, repeats: int) -> None:
@@ -161,7 +168,7 @@ def compare(config: Config, repeats: int) -> None:
 
 
 def speed(run: Run) -> float:
-    """Return a run's tokens per second of training after its first updates."""
+    """Return a run's tokens per second of training after its first steps."""
     lines = [line for line in run.metrics if line["kind"] == "train"]
     begin, end = lines[min(WARM_UP, len(lines) // 2)], lines[-1]
     return (end["tokens"] - begin["tokens"]) / (end["seconds"] - begin["seconds"])
@@ -175,6 +182,6 @@ def largest_difference(first: Run, second: Run) -> float:
 
 if __name__ == "__main__":
     # Not at the top: spawned processes import this module again, and have no command line.
-    from command_line import parse, run_script
+    from utils import parse, run_script
 
     run_script(main)

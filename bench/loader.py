@@ -1,13 +1,13 @@
-"""How fast windows of ten billion tokens are read, how soon, and in how much memory.
+"""How fast sequences of ten billion tokens are read, how soon, and in how much memory.
 
-    python -m bench.loader [--updates N] [--repeats N] [--tokens N] [--shard-tokens N]
+    python -m bench.loader [--steps N] [--repeats N] [--tokens N] [--shard-tokens N]
 
 The shards have the published sizes of FineWeb-Edu's sample, but are sparse where nothing is read,
 so they need little disk. For each order, and in a fresh process each time: milliseconds from
 opening the data to the first batch, without the imports; the process's peak memory beyond the
-imports, after reading all updates through the background thread; and tokens a second, reading them
-again, now from the page cache. The reference is the ordinary loop: memory maps, one window after
-the other, and for both shuffles a stored permutation of all windows.
+imports, after reading all steps through the background thread; and tokens a second, reading them
+again, now from the page cache. The reference is the ordinary loop: memory maps, one sequence
+after the other, and for both shuffles a stored permutation of all sequences.
 """
 
 import bisect
@@ -24,16 +24,14 @@ import torch
 from bench.processes import in_fresh_process, peak, reset_peak
 from bench.record import report
 from config import Config, replace
-from distributed import World
-from documents import index_path, write_index
-from fineweb import FineWebEdu, read_update, training_batches
-from manifests import Manifest, Shard, npy_header, sampled_digest, write_manifest
-from orders import permute, subseed
-from shards import TokenStream
-from tokenizer import GPT2Tokenizer
+from corpus.shards import Manifest, Shard, npy_header, write_manifest
+from corpus.tokenizer import GPT2Tokenizer
+from fineweb import FineWebEdu, load_batch, permutation, prefetch, subseed
+from training.distributed import DistInfo
+from utils import parse, run_script
 
-LENGTH, WINDOWS = 1024, 512
-ORDERS = ("sequential", "shuffle_documents", "shuffle_windows")
+LENGTH, SEQUENCES = 1024, 512
+ORDERS = ("none", "documents", "sequences")
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Arguments:
     """Tokens in all shards, the first one of which is for validation."""
     shard_tokens: int = 100_000_000
     """Tokens in a shard."""
-    updates: int = 600
-    """Updates of 512 windows of 1,024 that are read."""
+    steps: int = 600
+    """Steps of 512 sequences of 1,024 that are read."""
     repeats: int = 3
     """Measurements of each, taken in turn; their medians are compared."""
     directory: Path | None = None
@@ -60,8 +58,8 @@ def main() -> None:
         for order in ORDERS:
             ours, plain = [], []
             for _ in range(arguments.repeats):
-                ours.append(in_fresh_process(measure, directory, order, arguments.updates))
-                plain.append(in_fresh_process(measure_plainly, directory, order, arguments.updates))
+                ours.append(in_fresh_process(measure, directory, order, arguments.steps))
+                plain.append(in_fresh_process(measure_plainly, directory, order, arguments.steps))
             for i, (figure, unit) in enumerate(
                 (("first batch", "ms"), ("memory", "MB"), ("reading", "tokens/s"))
             ):
@@ -72,35 +70,36 @@ def main() -> None:
 Figures = tuple[float, float, float]
 
 
-def measure(directory: str, order: str, updates: int) -> Figures:
+def measure(directory: str, order: str, steps: int) -> Figures:
     """Return ms to the first batch, MB of memory and tokens/s of this project's reader."""
-    config, world = replace(Config(), {"train.order": order}), World(0, 1, torch.device("cpu"))
+    config = replace(Config(), {"train.shuffle": order})
+    info = DistInfo(0, 0, 1, torch.device("cpu"))
     before, start = reset_peak(), time.perf_counter()
     data = FineWebEdu(directory, "train", LENGTH)
-    updates = min(updates, len(data) // WINDOWS)
-    with contextlib.closing(training_batches(data, config, world, 1, updates)) as batches:
+    steps = min(steps, len(data) // SEQUENCES)
+    with contextlib.closing(prefetch(data, config, info, 1, steps)) as batches:
         next(batches)
         first = time.perf_counter() - start
         for _ in batches:
             pass
     memory, start = peak() - before, time.perf_counter()
-    for step in range(1, updates + 1):
-        read_update(data, config, step, world)
+    for step in range(1, steps + 1):
+        load_batch(data, config, step, 0, 1)
     seconds = time.perf_counter() - start
-    return 1e3 * first, memory / 1e6, updates * WINDOWS * LENGTH / seconds
+    return 1e3 * first, memory / 1e6, steps * SEQUENCES * LENGTH / seconds
 
 
-def measure_plainly(directory: str, order: str, updates: int) -> Figures:
+def measure_plainly(directory: str, order: str, steps: int) -> Figures:
     """Return the same figures of the ordinary loop."""
     before, start = reset_peak(), time.perf_counter()
     maps = [np.load(file, mmap_mode="r") for file in sorted(Path(directory).glob("*_train_0*.npy"))]
     ends = list(itertools.accumulate(len(tokens) for tokens in maps))
     order_of = np.arange((ends[-1] - 1) // LENGTH)
-    if order != "sequential":
+    if order != "none":
         order_of = np.random.default_rng(0).permutation(order_of)
-    updates = min(updates, len(order_of) // WINDOWS)
+    steps = min(steps, len(order_of) // SEQUENCES)
 
-    def window(index: int) -> np.ndarray:
+    def sequence(index: int) -> np.ndarray:
         begin = index * LENGTH
         shard = bisect.bisect_right(ends, begin)
         begin -= ends[shard - 1] if shard else 0
@@ -109,38 +108,35 @@ def measure_plainly(directory: str, order: str, updates: int) -> Figures:
             tokens = np.concatenate([tokens, maps[shard + 1][: LENGTH + 1 - len(tokens)]])
         return tokens
 
-    def batch(update: int) -> torch.Tensor:
-        indices = order_of[update * WINDOWS : (update + 1) * WINDOWS].tolist()
-        return torch.from_numpy(np.stack([window(i) for i in indices]).astype(np.int64))
+    def batch(step: int) -> torch.Tensor:
+        indices = order_of[step * SEQUENCES : (step + 1) * SEQUENCES].tolist()
+        return torch.from_numpy(np.stack([sequence(i) for i in indices]).astype(np.int64))
 
     batch(0)
     first = time.perf_counter() - start
-    for update in range(1, updates):
-        batch(update)
+    for step in range(1, steps):
+        batch(step)
     memory, start = peak() - before, time.perf_counter()
-    for update in range(updates):
-        batch(update)
+    for step in range(steps):
+        batch(step)
     seconds = time.perf_counter() - start
-    return 1e3 * first, memory / 1e6, updates * WINDOWS * LENGTH / seconds
+    return 1e3 * first, memory / 1e6, steps * SEQUENCES * LENGTH / seconds
 
 
 def make_data(directory: Path, arguments: Arguments) -> None:
-    """Make the shards, their sealed manifest and the document index of the training split."""
+    """Make the shards and their sealed manifest."""
     full, rest = divmod(arguments.tokens, arguments.shard_tokens)
     sizes = [arguments.shard_tokens] * full + [rest] * (rest > 0)
     count, seed = len(sizes) - 1, Config().train.seed
-    wanted = -(-arguments.updates * WINDOWS * LENGTH // arguments.shard_tokens) + 1
+    wanted = -(-arguments.steps * SEQUENCES * LENGTH // arguments.shard_tokens) + 1
     # Those that the document order reads first have tokens and documents; the rest are holes.
-    written = permute(np.arange(count), count, subseed(seed, 0), 0)[:wanted] + 1
-    shards, places, begin = [], [], 0
+    written = permutation(np.arange(count), count, subseed(seed, 0), 0)[:wanted] + 1
+    shards = []
     for number, size in enumerate(sizes):
         split = "train" if number else "val"
         path = directory / f"bench_{split}_{number:06d}.npy"
-        begins = write_shard(path, size, number, hole=number not in written)
-        shards.append(Shard(path.name, split, size, sampled_sha256=sampled_digest(path)))
-        if split == "train":
-            places.append(begin + begins)
-            begin += size
+        write_shard(path, size, number, hole=number not in written)
+        shards.append(Shard(path.name, split, size))
     manifest = Manifest(
         name="bench",
         tokenizer=GPT2Tokenizer.name,
@@ -152,11 +148,10 @@ def make_data(directory: Path, arguments: Arguments) -> None:
         complete=True,
     )
     write_manifest(directory, manifest)
-    write_index(index_path(TokenStream(directory, "train")), [*places, np.array([begin])])
 
 
-def write_shard(path: Path, size: int, seed: int, hole: bool) -> np.ndarray:
-    """Write a shard, or only its header and size; returns where its documents would begin."""
+def write_shard(path: Path, size: int, seed: int, hole: bool) -> None:
+    """Write a shard, or only its header and size."""
     rng = np.random.default_rng(seed)
     # About one document in a thousand tokens.
     places = np.cumsum(np.concatenate([[0], rng.integers(1, 2000, size // 900 + 2)]))
@@ -168,11 +163,7 @@ def write_shard(path: Path, size: int, seed: int, hole: bool) -> np.ndarray:
             tokens[places] = GPT2Tokenizer.eot
             tokens.tofile(file)
         file.truncate(128 + 2 * size)
-    return places
 
 
 if __name__ == "__main__":
-    # Not at the top: spawned processes import this module again, and have no command line.
-    from command_line import parse, run_script
-
     run_script(main)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.processes import alone
 from bench.record import report
-from command_line import parse, run_script
-from cross_entropy import chunked_cross_entropy
-from devices import autocast, pick_device, synchronize
+from loss import cross_entropy
+from training.distributed import autocast, synchronize
+from utils import parse, run_script
 
 VOCAB_SIZE, PADDED = 50257, 50304
 
@@ -39,7 +40,7 @@ class Options:
 def main() -> None:
     """Print one JSON line a width."""
     options = parse(Options)
-    device, dtype = pick_device(options.device), getattr(torch, options.dtype)
+    device, dtype = alone(options.device).device, getattr(torch, options.dtype)
     for width in options.width:
         x = torch.randn(options.rows, width, device=device, requires_grad=True)
         weight = (0.02 * torch.randn(PADDED, width, device=device)).requires_grad_()
@@ -55,7 +56,7 @@ def main() -> None:
 
 def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the loss as this project computes it."""
-    return chunked_cross_entropy(x, weight, targets, VOCAB_SIZE)
+    return cross_entropy(x, weight, targets, VOCAB_SIZE)[0]
 
 
 def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

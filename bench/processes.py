@@ -1,15 +1,27 @@
-"""Measurements in processes of their own, and the most memory they held."""
+"""Measurements in processes of their own, on which device, and the most memory they held."""
 
 import contextlib
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from training.distributed import DistInfo
 
 T = TypeVar("T")
 
 STATUS = Path("/proc/self/status")
+
+
+def alone(device: str) -> "DistInfo":
+    """Return what a process by itself is, on the device of a name as in train.device."""
+    import torch
+
+    from training.distributed import DistInfo, choose_device
+
+    return choose_device(DistInfo(0, 0, 1, torch.device("cpu")), device)
 
 
 def in_fresh_process(function: Callable[..., T], *args: Any) -> T:

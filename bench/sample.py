@@ -25,10 +25,9 @@ from bench.device import begin_memory, peak_memory
 from bench.processes import in_fresh_process
 from bench.record import report
 from config import ModelConfig
-from decoder import Decoder
-from devices import autocast, pick_device, synchronize
-from generate import generate
-from model import GPT
+from model import GPT, KVCache
+from sample import ALONE, for_sampling, generate, next_logits
+from training.distributed import autocast, choose_device, synchronize
 
 PROMPT_TOKENS = 8
 REFERENCES = ("transformers", "no cache")
@@ -108,7 +107,7 @@ def measure(
     config: ModelConfig | None = None,
 ) -> Figures:
     """Return the speed and the memory of `name`, "ours" or a reference, for a model of `config`."""
-    device, dtype = pick_device(device_name), getattr(torch, dtype_name)
+    device, dtype = choose_device(ALONE, device_name).device, getattr(torch, dtype_name)
     config = config or ModelConfig()
     kind = {"ours": Ours, "transformers": Transformers, "no cache": NoCache}[name]
     if kind is Transformers:
@@ -140,15 +139,18 @@ class Ours:
     """This project's."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype):
-        self.decoder = Decoder(GPT(config).to(device), dtype)
+        self.model, self.dtype = for_sampling(GPT(config).to(device), dtype), dtype
 
     def draw(self, prompt: Tensor, tokens: int) -> Tensor:
         """Return the tokens (B, `tokens`) that follow a prompt (B, T)."""
-        return torch.stack(list(generate(self.decoder, prompt, tokens, temperature=0)), dim=1)
+        return torch.stack(list(generate(self.model, prompt, tokens, temperature=0)), dim=1)
 
     def read(self, prompt: Tensor) -> Tensor:
         """Return the logits (B, V) that follow a prompt (B, T)."""
-        return self.decoder.next_logits(prompt, self.decoder.new_cache(*prompt.shape))
+        rows, tokens = prompt.shape
+        device = self.model.wte.weight.device
+        cache = KVCache(self.model.config, rows, device, self.dtype, tokens)
+        return next_logits(self.model, prompt, cache)
 
 
 class NoCache:
@@ -216,6 +218,6 @@ class Transformers:
 
 if __name__ == "__main__":
     # Not at the top: spawned processes import this module again, and have no command line.
-    from command_line import parse, run_script
+    from utils import parse, run_script
 
     run_script(main)

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from bench.record import report
+from corpus.tokenizer import END_OF_TEXT, RANK_FILE, read_ranks
 from load_fineweb import cores, prepare
-from tokenizer import END_OF_TEXT, RANK_FILE, read_ranks
+from utils import parse, run_script
 
 SHARD_TOKENS = 100_000_000
 
@@ -118,7 +119,4 @@ def tokenize(document: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    # Not at the top: spawned workers import this module again, and have no command line.
-    from command_line import parse, run_script
-
     run_script(main)

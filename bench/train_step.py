@@ -3,13 +3,13 @@
     python -m bench.train_step [--sizes 124m nano] [--dtype bfloat16 float32] [--compile off on]
 
 Ours is all that a run does between two validations: batches from shards through the background
-thread, `train.update`, the bar and the record. The references are written out below: GPT-2 of
-transformers with its own loss and fused AdamW, and this project's model with whole logits, float32
-cross-entropy and the AdamW of one tensor at a time. All start from the same seed, read the same
-windows and clip gradients at norm 1. Every measurement has a process of its own, and they take
-turns; the first updates are not timed. Memory is that beyond the process with its imports (on CUDA,
-of tensors). The last line of a size is what reading an update's windows would take if training
-waited for it, in a shuffled order, against the whole update.
+thread, the step of `train.train`, the bar and the record. The references are written out below:
+GPT-2 of transformers with its own loss and fused AdamW, and this project's model with whole logits,
+float32 cross-entropy and the AdamW of one tensor at a time. All start from the same seed, read the
+same sequences and clip gradients at norm 1. Every measurement has a process of its own, and they
+take turns; the first steps are not timed. Memory is that beyond the process with its imports (on
+CUDA, of tensors). The last line of a size is what reading a step's sequences would take if training
+waited for it, in a shuffled order, against the whole step.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import io
 import itertools
+import json
 import math
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -33,28 +35,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import recipes
+import train
 from bench.device import begin_memory, peak_memory
-from bench.processes import in_fresh_process
+from bench.processes import alone, in_fresh_process
 from bench.record import report
 from config import Config, ModelConfig, OptimConfig, UserError, replace
-from counts import flops_per_token
-from devices import autocast, peak_flops, pick_device, synchronize
-from distributed import World
-from fineweb import FineWebEdu, read_update, training_batches
-from manifests import Manifest
+from corpus.shards import Manifest
+from corpus.tokenizer import GPT2Tokenizer, gpt2_tokenizer
+from fineweb import Batch, FineWebEdu, load_batch, prefetch
 from modern import build_model
-from tokenizer import GPT2Tokenizer, gpt2_tokenizer
-from train import settle, update
-from trainer import begin
+from training.distributed import autocast, peak_flops, synchronize
+from training.logger import create_run
 from writer import ShardWriter
 
-# Windows in an update, and whose loop a size is compared with, where nothing is said.
+# Sequences in a step, and whose loop a size is compared with, where nothing is said.
 BATCHES = {"124m": 4, "nano": 8}
 REFERENCES = {"124m": ("transformers",), "nano": ("plain",)}
 LABELS = {"transformers": "transformers", "plain": "the same model in a plain loop"}
 FIGURES = (
     ("tokens_per_second", "speed", "tokens/s"),
-    ("seconds", "an update", "s"),
+    ("seconds", "a step", "s"),
     ("megabytes", "peak memory", "MB"),
     ("mfu", "MFU", "of the peak"),
 )
@@ -73,15 +73,15 @@ class Options:
     references: tuple[Literal["transformers", "plain"], ...] = ()
     """Whose loop to compare with; transformers at 124m and the plain loop at nano by default."""
     batch: int | None = None
-    """Windows in an update, which is one micro-batch; 4 at 124m and 8 at nano by default."""
+    """Sequences in a step, which is one micro-batch; 4 at 124m and 8 at nano by default."""
     context: int = 256
-    """Tokens in a window."""
+    """Tokens in a sequence."""
     compile: tuple[Literal["off", "on"], ...] = ("off",)
     """Whether torch.compile is used, by ours and the references alike."""
     warm_up: int = 2
-    """Updates before the clock starts."""
-    updates: int = 5
-    """Updates that are timed."""
+    """Steps before the clock starts."""
+    steps: int = 5
+    """Steps that are timed."""
     repeats: int = 3
     """Measurements of each, taken in turn; their medians are compared."""
     device: Literal["cpu", "cuda", "mps", "auto"] = "auto"
@@ -100,7 +100,7 @@ class Case:
     compile: str = "off"
     device: str = "auto"
     warm_up: int = 2
-    updates: int = 5
+    steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def main() -> None:
                 recipes.build("gpt2", size), {"model.block_size": options.context}
             ).model
             data = Path(directory) / f"{size}-{mode}"
-            updates = options.warm_up + options.updates
-            write_tokens(data, batch * options.context * updates, model.vocab_size)
+            steps = options.warm_up + options.steps + 1
+            write_tokens(data, batch * options.context * steps, model.vocab_size)
             ours = Case(
                 *("ours", model, str(data), batch, options.dtype[0], mode, options.device),
-                *(options.warm_up, options.updates),
+                *(options.warm_up, options.steps),
             )
             compare(size, ours, options.references or REFERENCES[size], options)
 
@@ -150,7 +150,7 @@ def compare(size: str, ours: Case, references: tuple[str, ...], options: Options
                 name = f"train step, {size}, {title(mine)}, {figure}, against {title(other)}"
                 report(name, unit, values, others, options.device)
     reads = [in_fresh_process(seconds_to_read, ours) for _ in range(options.repeats)]
-    name = f"train step, {size}, {title(ours)}, reading of its windows, against an update"
+    name = f"train step, {size}, {title(ours)}, reading of its sequences, against a step"
     report(name, "s", reads, [figures.seconds for figures in found[ours]], options.device)
 
 
@@ -179,7 +179,7 @@ def title(case: Case) -> str:
 
 def measure(case: Case) -> Figures:
     """Return the figures of one case; raises ArithmeticError when its loss is not finite."""
-    device = pick_device(case.device)
+    device = alone(case.device).device
     # What is imported late is no part of the step's memory: torch.optim does so for its compiler.
     importlib.import_module("torch._dynamo")
     if case.loop == "transformers":
@@ -189,45 +189,84 @@ def measure(case: Case) -> Figures:
         deque(itertools.islice(losses, case.warm_up), maxlen=0)
         synchronize(device)
         start = time.perf_counter()
-        (loss,) = deque(itertools.islice(losses, case.updates), maxlen=1)
+        (loss,) = deque(itertools.islice(losses, case.steps), maxlen=1)
         synchronize(device)
-        seconds = (time.perf_counter() - start) / case.updates
+        seconds = (time.perf_counter() - start) / case.steps
         memory = peak_memory(device) - before
     if not math.isfinite(loss):
         raise ArithmeticError(f"the loss of {title(case)} is {float(loss)}")
     speed, peak = case.batch * case.model.block_size / seconds, peak_flops(device)
-    mfu = speed * flops_per_token(case.model) / peak if peak else None
+    mfu = speed * case.model.flops_per_token / peak if peak else None
     return Figures(speed, seconds, memory / 1e6, mfu, float(loss))
 
 
-def ours(case: Case, device: torch.device) -> Iterator[Tensor | float]:
-    """Yield the loss after every update of a run of this project."""
-    world, config = World(0, 1, device), config_of(case)
-    updates = config.train.updates
-    with tempfile.TemporaryDirectory() as run:
-        # A bar that takes its time, as in any run, but does not show among the results.
-        with contextlib.redirect_stderr(io.StringIO()):
-            trainer, start = begin(config, Path(run), world, None, threading.Event())
-        batches = training_batches(trainer.data, config, world, start + 1, updates)
-        with contextlib.closing(batches), contextlib.closing(trainer.bar):
-            trainer.bar.start()
-            for step, windows in enumerate(batches, start=1):
-                update(trainer, windows, step)
-                settle(trainer, trainer.updates_behind)
-                yield trainer.losses["train_loss"] or 0.0
-            settle(trainer)
+def ours(case: Case, device: torch.device) -> Iterator[float]:
+    """Yield the loss after every step of `train.train`, which waits in between in a thread.
+
+    Where a GPU's losses are read late, it is that of the step before.
+    """
+    config, asks, answers = config_of(case), SimpleQueue(), SimpleQueue()
+
+    def one_at_a_time(*args: Any) -> Iterator[Batch]:
+        with contextlib.closing(prefetch(*args)) as batches:
+            for batch in batches:
+                asks.put(None)
+                if not answers.get():
+                    raise SystemExit
+                yield batch
+
+    def run_training(run: Path) -> None:
+        try:
+            train.train(config, run, alone(device.type))
+        except BaseException as error:
+            asks.put(error)
+
+    def wait() -> None:
+        if error := asks.get():
+            raise error
+
+    # A bar that takes its time, as in any run, but does not show among the results.
+    silenced = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory() as directory, silenced[0], silenced[1]:
+        run = Path(directory) / "run"
+        create_run(run, config)
+        thread = threading.Thread(target=run_training, args=(run,))
+        train.prefetch = one_at_a_time
+        thread.start()
+        try:
+            wait()
+            for _ in range(case.warm_up + case.steps):
+                answers.put(True)
+                wait()
+                yield _last_loss(run / "metrics.jsonl")
+        finally:
+            answers.put(False)
+            thread.join()
+            train.prefetch = prefetch
+
+
+def _last_loss(metrics: Path) -> float:
+    lines = metrics.read_text().splitlines()
+    losses = (json.loads(line)["loss"] for line in reversed(lines) if '"train"' in line)
+    return next(losses, 0.0)
 
 
 def config_of(case: Case) -> Config:
-    """Return the config of a run that trains as a case says, its windows in their own order."""
+    """Return the config of a run that trains as a case says, its sequences in their own order."""
     config = dataclasses.replace(recipes.build("gpt2"), model=case.model, data=case.data)
     return replace(
         config,
         {
-            "train.updates": case.warm_up + case.updates,
-            "train.tokens_per_update": case.batch * case.model.block_size,
-            "train.micro_batch": case.batch,
+            # The last step, with its validation and checkpoint, is never taken.
+            "train.steps": case.warm_up + case.steps + 1,
+            "train.batch_tokens": case.batch * case.model.block_size,
+            "train.micro_batch_size": case.batch,
+            "train.shuffle": "none",
+            "train.val_interval": 0,
+            "train.val_tokens": case.model.block_size,
             "train.eval_interval": 0,
+            "train.checkpoint_interval": 0,
+            "train.sample_tokens": 0,
             "train.compile": case.compile,
             "train.dtype": case.dtype,
             "train.seed": SEED,
@@ -236,24 +275,24 @@ def config_of(case: Case) -> Config:
 
 
 def seconds_to_read(case: Case) -> float:
-    """Return the seconds an update's windows take, read in this thread and in a shuffled order."""
-    config = replace(config_of(case), {"train.order": "shuffle_windows"})
-    world = World(0, 1, torch.device("cpu"))
+    """Return the seconds a step's sequences take, read in this thread and in a shuffled order."""
+    config = replace(config_of(case), {"train.shuffle": "sequences"})
     data = FineWebEdu(case.data, "train", config.model.block_size)
     start = time.perf_counter()
-    for step in range(1, config.train.updates + 1):
-        read_update(data, config, step, world)
-    return (time.perf_counter() - start) / config.train.updates
+    steps = case.warm_up + case.steps
+    for step in range(1, steps + 1):
+        load_batch(data, config, step, 0, 1)
+    return (time.perf_counter() - start) / steps
 
 
 def transformers_loop(case: Case, device: torch.device) -> Iterator[Tensor]:
-    """Yield the loss after every update of GPT-2 of transformers, in the loop of its manuals."""
+    """Yield the loss after every step of GPT-2 of transformers, in the loop of its manuals."""
     model = transformers_model(case.model).to(device).train()
     forward = torch.compile(model) if case.compile == "on" else model
     optimizer = torch.optim.AdamW(
         model.parameters(), OPTIM.lr, (OPTIM.beta1, OPTIM.beta2), weight_decay=0.1, fused=True
     )
-    for batch in windows_of(case, device):
+    for batch in sequences_of(case, device):
         idx = batch[:, :-1]
         with autocast(device, getattr(torch, case.dtype)):
             loss = forward(idx, labels=idx).loss
@@ -284,7 +323,7 @@ def transformers_model(model: ModelConfig) -> Any:
 
 
 def plain_loop(case: Case, device: torch.device) -> Iterator[Tensor]:
-    """Yield the loss after every update of this project's model in a loop as it is often seen."""
+    """Yield the loss after every step of this project's model in a loop as it is often seen."""
     torch.manual_seed(SEED)
     model = build_model(case.model).to(device)
     forward = torch.compile(model) if case.compile == "on" else model
@@ -295,7 +334,7 @@ def plain_loop(case: Case, device: torch.device) -> Iterator[Tensor]:
         foreach=False,
         fused=False,
     )
-    for batch in windows_of(case, device):
+    for batch in sequences_of(case, device):
         with autocast(device, getattr(torch, case.dtype)):
             logits, _ = forward(batch[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -313,12 +352,12 @@ LOOPS: dict[str, Callable[[Case, torch.device], Iterator[Tensor | float]]] = {
 }
 
 
-def windows_of(case: Case, device: torch.device) -> Iterator[Tensor]:
-    """Yield the windows that each update of ours reads, int64 (batch, T + 1), on the device."""
+def sequences_of(case: Case, device: torch.device) -> Iterator[Tensor]:
+    """Yield the sequences that each step of ours reads, int64 (batch, T + 1), on the device."""
     data = FineWebEdu(case.data, "train", case.model.block_size)
-    for step in range(case.warm_up + case.updates):
+    for step in range(case.warm_up + case.steps):
         places = np.arange(step * case.batch, (step + 1) * case.batch) % len(data)
-        yield data.windows(places).to(device)
+        yield data.sequences(places).to(device)
 
 
 def write_tokens(directory: Path, count: int, vocab_size: int = GPT2Tokenizer.vocab_size) -> None:
@@ -333,6 +372,6 @@ def write_tokens(directory: Path, count: int, vocab_size: int = GPT2Tokenizer.vo
 
 if __name__ == "__main__":
     # Not at the top: spawned processes import this module again, and have no command line.
-    from command_line import parse, run_script
+    from utils import parse, run_script
 
     run_script(main)

@@ -9,14 +9,13 @@ was interrupted; when it has ended, it only makes more words.
 """
 
 import sys
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from command_line import parse, run_script
 from config import UserError
 from makemore.climb import climb
 from makemore.data import Data, batch_at, load
@@ -25,7 +24,8 @@ from makemore.figures import draw_counts, draw_embedding, draw_insides
 from makemore.rungs import build, settings_for
 from makemore.sampling import sample
 from makemore.train import Result, train
-from signals import stop_requests
+from train import StopSignal
+from utils import parse, run_script
 
 RUNS = Path("runs/makemore")
 SEED = 1337
@@ -49,7 +49,7 @@ class Options:
     seed: int = SEED
     """Seed of the split, the first weights, the batches and the samples."""
     steps: int | None = None
-    """Updates; by default as many as the rung needs."""
+    """Optimizer steps; by default as many as the rung needs."""
     context: int | None = None
     """Characters that transformer or gpt2 can see."""
     init: Literal["naive", "scaled"] = "scaled"
@@ -65,10 +65,9 @@ def main() -> None:
     options = parse(Options)
     data = load(options.data, options.seed, options.kind)
     print(_description(data))
-    with stop_requests() as asked:
-        done = (
-            _climb(options, data, asked) if options.rung == "climb" else _one(options, data, asked)
-        )
+    with StopSignal() as stop:
+        train_rungs = _climb if options.rung == "climb" else _one
+        done = train_rungs(options, data, lambda: stop.requested)
     if not done:
         print("Stopped; the same command goes on from here.")
         raise SystemExit(130)
@@ -83,7 +82,7 @@ def _description(data: Data) -> str:
     return f"{data.name}: {what}, with an alphabet of {len(data.alphabet)}."
 
 
-def _climb(options: Options, data: Data, asked: threading.Event) -> bool:
+def _climb(options: Options, data: Data, asked: Callable[[], bool]) -> bool:
     own = (options.context, options.norm, options.init)
     if own != (None, None, "scaled"):
         raise UserError(
@@ -96,7 +95,7 @@ def _climb(options: Options, data: Data, asked: threading.Event) -> bool:
     return done is not None
 
 
-def _one(options: Options, data: Data, asked: threading.Event) -> bool:
+def _one(options: Options, data: Data, asked: Callable[[], bool]) -> bool:
     o = options
     settings = settings_for(o.rung, data, o.seed, o.steps, o.context, o.init, o.norm)
     directory = RUNS / (o.name or _name(o.rung, o, data))
@@ -104,7 +103,7 @@ def _one(options: Options, data: Data, asked: threading.Event) -> bool:
     if not result.finished:
         return False
     train_loss, val_loss = result.losses
-    how = "counted" if o.rung == "bigram" else f"{settings.steps:,} updates"
+    how = "counted" if o.rung == "bigram" else f"{settings.steps:,} steps"
     print(
         f"{o.rung}: {result.parameters:,} parameters, {how}, training loss {train_loss:.4f}, "
         f"validation loss {val_loss:.4f} nats a character.\n"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from cross_entropy import IGNORED
+from loss import IGNORE_INDEX
 from makemore.layers import cross_entropy
 
 # Added to every count, so that a pair that was never seen is improbable, not impossible (Laplace).
@@ -36,7 +36,7 @@ class Bigram(nn.Module):
         vocab_size = len(self.counts)
         total = torch.zeros(vocab_size**2, dtype=torch.int64)
         for idx, targets in batches:
-            counted = targets != IGNORED
+            counted = targets != IGNORE_INDEX
             pairs = idx[counted] * vocab_size + targets[counted]
             total += torch.bincount(pairs, minlength=vocab_size**2)
         self.counts.copy_(total.view(vocab_size, vocab_size))

@@ -1,17 +1,17 @@
 """All rungs in turn: one table, one file, one figure."""
 
 import json
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from files import write_atomically
 from makemore.data import Data
 from makemore.figures import draw_climb
 from makemore.rungs import RUNGS, settings_for
 from makemore.sampling import marked_words
 from makemore.train import Result, train
 from metrics import aligned
+from utils import write_atomically
 
 # Words that a rung shows of what it has learnt.
 SHOWN = 5
@@ -23,7 +23,7 @@ def climb(
     name: str,
     runs: Path,
     steps: int | None = None,
-    asked: threading.Event | None = None,
+    asked: Callable[[], bool] | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]] | None:
     """Train every rung on `data`, print the table, and return its rows; None when stopped.

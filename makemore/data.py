@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from cross_entropy import IGNORED
+from corpus.shards import DATA_DIR
 from download import download
-from manifests import DATA_DIR
+from loss import IGNORE_INDEX
 from pydocs import pydocs_documents
 from sources import SHAKESPEARE, fetch_text
 
@@ -46,7 +46,7 @@ class Data:
     kind: Kind
     # The character of id i + 1 at place i.
     alphabet: str
-    # Words: int64 (words, longest + 2), boundary, characters, boundary, then IGNORED. Text: (N,).
+    # Text: (N,). Words: int64 (words, longest + 2): boundary, characters, boundary, IGNORE_INDEX.
     train: Tensor
     val: Tensor
     test: Tensor
@@ -158,7 +158,7 @@ def _word_data(name: str, content: str, alphabet: str, seed: int, digest: str) -
     words = [words[i] for i in order]
     train = words[: -2 * tenth]
     ids = {character: i for i, character in enumerate(alphabet, 1)}
-    rows = torch.full((len(words), max(map(len, words)) + 2), IGNORED)
+    rows = torch.full((len(words), max(map(len, words)) + 2), IGNORE_INDEX)
     for row, word in zip(rows, words, strict=True):
         row[: len(word) + 2] = torch.tensor([0, *(ids[c] for c in word), 0])
     splits = rows.split([len(train), tenth, tenth])
@@ -192,7 +192,7 @@ def text_words(text: str) -> list[str]:
 
 
 def batch_at(data: Data, rows: int, length: int, seed: int, step: int) -> Batch:
-    """Return idx and targets (rows, T) of update `step`, counted from 1.
+    """Return idx and targets (rows, T) of optimizer step `step`, counted from 1.
 
     Words come in a new order each epoch, and T is what the longest of a batch needs. Of running
     text each row is a window of `length` characters from anywhere.
@@ -215,7 +215,7 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
 
 def _trimmed(rows: Tensor) -> Batch:
     """Return idx and targets of words, without the columns that none of them reaches."""
-    longest = int((rows != IGNORED).sum(1).max())
+    longest = int((rows != IGNORE_INDEX).sum(1).max())
     rows = rows[:, :longest]
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
@@ -239,7 +239,7 @@ def examples(data: Data, split: Tensor, length: int, block_size: int, most: int)
     scored_from[0] = 0
     starts = starts.clamp(max=len(split) - 1 - length)
     places = starts[:, None] + torch.arange(length)
-    targets = torch.where(places < scored_from[:, None], IGNORED, split[places + 1])
+    targets = torch.where(places < scored_from[:, None], IGNORE_INDEX, split[places + 1])
     for rows in torch.arange(len(starts)).split(max(EVALUATION_ROWS * 16 // length, 1)):
         yield split[places[rows]], targets[rows]
 

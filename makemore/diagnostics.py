@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cross_entropy import IGNORED
+from loss import IGNORE_INDEX
 
 # A unit whose activation's slope is below this passes back next to nothing of a gradient.
 FLAT = 0.01
@@ -45,7 +45,7 @@ def probe(model: nn.Module, idx: Tensor, targets: Tensor) -> dict[str, Probe]:
     torch.manual_seed(0)
     _, loss = model(idx, targets)
     gradients = torch.autograd.grad(loss, list(told.values()))
-    scored, T = targets != IGNORED, idx.size(1)
+    scored, T = targets != IGNORE_INDEX, idx.size(1)
     return {
         # A layer may have places before the first, which are no one's own.
         name: _probe(model, output[:, -T:][scored], gradient[:, -T:][scored])

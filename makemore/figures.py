@@ -69,15 +69,15 @@ def draw_insides(
     ratios: dict[str, list[list[float]]],
     stem: Path,
 ) -> Path:
-    """Draw what the hidden layers do before the first update and after the last one.
+    """Draw what the hidden layers do before the first step and after the last one.
 
-    `ratios` are, by matrix, pairs of a step and log10 of the update's size to the weights'.
+    `ratios` are, by matrix, pairs of a step and log10 of the step's size to the weights'.
     """
     with _page((13, 7), stem) as figure:
         figure.suptitle(title, fontweight="bold")
         (top_left, top, top_right), (low_left, low, low_right) = figure.subplots(2, 3)
         for left, middle, probes, when in (
-            (top_left, top, first, "before the first update"),
+            (top_left, top, first, "before the first step"),
             (low_left, low, last, "after the last"),
         ):
             _histograms(left, {name: p.activations for name, p in probes.items()})
@@ -112,7 +112,7 @@ def _draw_ratios(axes: Any, ratios: dict[str, list[list[float]]]) -> None:
         dashes = "-" if i < len(PALETTE) else "--"
         axes.plot(steps, sizes, dashes, color=color_of(i), lw=1, label=name)
     axes.axhline(-3, color="black", ls=":", lw=1, label="a thousandth")
-    axes.set(title="Size of updates, relative to the weights", xlabel="update", ylabel="log10")
+    axes.set(title="Size of steps, relative to the weights", xlabel="step", ylabel="log10")
     axes.legend(frameon=False, fontsize=7, ncols=2)
 
 
@@ -155,7 +155,7 @@ def _draw_curves(axes: Any, rungs: list[dict[str, Any]]) -> None:
             axes.axhline(losses[0], color=color_of(i), ls="--", lw=1.2, label=label)
         else:
             axes.plot(steps, losses, color=color_of(i), label=rung["rung"])
-    axes.set(title="Validation loss on the way", xlabel="update", xscale="log")
+    axes.set(title="Validation loss on the way", xlabel="step", xscale="log")
     axes.set(ylabel="nats a character")
     axes.xaxis.set_major_formatter("{x:,.0f}")
 

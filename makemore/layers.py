@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cross_entropy import IGNORED
+from loss import IGNORE_INDEX
 
 Init = Literal["naive", "scaled"]
 Norm = Literal["none", "batch", "layer"]
@@ -55,10 +55,10 @@ def past(idx: Tensor, count: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor | None) -> Tensor | None:
-    """Return the mean of -log p(target) in nats over targets not IGNORED, or None without any.
+    """Return the mean of -log p(target) in nats over targets not IGNORE_INDEX, or None without any.
 
     Logits are (B, T, V), targets (B, T).
     """
     if targets is None:
         return None
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)

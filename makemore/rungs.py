@@ -43,7 +43,7 @@ class Settings:
     n_head: int = 0
 
 
-# What differs by rung, on words; updates are `epochs` passes over them.
+# What differs by rung, on words; steps are `epochs` passes over them.
 _WORDS = {
     "bigram": {"epochs": 1, "lr": 0.0},
     "nn_bigram": {"epochs": 8, "lr": 0.1},
@@ -52,7 +52,7 @@ _WORDS = {
     "transformer": {"epochs": 24, "lr": 4e-3, "dropout": 0.1, "width": 64},
     "gpt2": {"epochs": 24, "lr": 6e-3, "dropout": 0.05, "width": 64},
 }
-# On running text, which differs in size more than in what there is to learn, updates are fixed.
+# On running text, which differs in size more than in what there is to learn, steps are fixed.
 _TEXT = {
     "bigram": {"steps": 1, "lr": 0.0},
     "nn_bigram": {"steps": 800, "lr": 0.1},
@@ -66,7 +66,7 @@ _SHAPES = {
     "transformer": {"norm": "layer", "weight_decay": 0.3, "n_layer": 4, "n_head": 4},
     "gpt2": {"norm": "layer", "weight_decay": 0.3, "n_layer": 4, "n_head": 4},
 }
-# Rows of an update, and characters in a row, which are what transformers can see.
+# Rows of a step, and characters in a row, which are what transformers can see.
 WORD_BATCH, TEXT_BATCH = 128, 32
 WORD_CONTEXT, TEXT_CONTEXT = 16, 64
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from generate import choose, row_generator
 from makemore.data import Data, text_words
+from sample import choose, row_generator
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""One rung: updates, evaluations, checkpoints.
+"""One rung: optimizer steps, evaluations, checkpoints.
 
     train(data, settings, directory) -> Result
 
@@ -11,8 +11,8 @@ happened. A finished run is read, not trained.
 import dataclasses
 import json
 import math
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import OptimConfig, UserError
-from cross_entropy import IGNORED
-from files import locked, write_atomically
+from loss import IGNORE_INDEX
 from makemore.data import Data, batch_at, examples
 from makemore.rungs import Settings, build, differences, parameter_count
-from optim import schedule
+from training.optim import schedule
+from utils import locked, write_atomically
 
 EVALUATIONS = 20
 RATIOS = 100
 # Characters that an evaluation on the way reads of each split, and the one at the end.
 QUICK, WHOLE = 25_000, 500_000
-SCHEDULE = OptimConfig(warmup=0.05, schedule="cosine", final_lr=0.02)
+SCHEDULE = OptimConfig(warmup_frac=0.05, schedule="cosine", final_lr_frac=0.02)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -44,7 +44,7 @@ class Record:
     seconds: float = 0.0
     # Of each evaluation: step, seconds, training loss, validation loss, in nats a character.
     curve: list[list[float]] = field(default_factory=list)
-    # Of each matrix: step, and log10 of what that update changes, relative to what is there.
+    # Of each matrix: step, and log10 of what that step changes, relative to what is there.
     ratios: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
@@ -73,16 +73,16 @@ def train(
     data: Data,
     settings: Settings,
     directory: Path,
-    asked: threading.Event | None = None,
+    asked: Callable[[], bool] | None = None,
     quiet: bool = False,
 ) -> Result:
     """Train a rung, or go on with it, or read it if it is finished.
 
-    An `asked` that is set ends it after the update in hand. Raises UserError when the directory
+    It ends after the step in hand when `asked()` is true. Raises UserError when the directory
     holds a run of other settings, or is not writable, or the loss is no longer finite.
     """
     _claim(directory, settings)
-    with locked(directory):
+    with locked(directory / ".lock"):
         model = build(settings, data.vocab_size)
         if settings.rung == "bigram":
             return _count(data, settings, model)
@@ -128,7 +128,7 @@ def _count(data: Data, settings: Settings, model: nn.Module) -> Result:
 
 @dataclass
 class _Run:
-    """What the updates of one run share."""
+    """What the steps of one run share."""
 
     data: Data
     settings: Settings
@@ -137,16 +137,16 @@ class _Run:
     path: Path
     record: Record
 
-    def loop(self, step: int, asked: threading.Event | None, quiet: bool) -> bool:
-        """Update from `step` on; return whether the last update has been done."""
+    def loop(self, step: int, asked: Callable[[], bool] | None, quiet: bool) -> bool:
+        """Do the steps after `step`; return whether the last one has been done."""
         total, rung = self.settings.steps, self.settings.rung
         interval = math.ceil(total / EVALUATIONS)
         before, started = self.record.seconds, time.perf_counter()
         with tqdm(desc=rung, total=total, initial=step, dynamic_ncols=True, disable=quiet) as bar:
             while step < total:
                 step += 1
-                self.update(step)
-                stopping = asked is not None and asked.is_set()
+                self.one_step(step)
+                stopping = asked is not None and asked()
                 if step % interval == 0 or step == total:
                     losses = losses_of(
                         self.data, self.settings, self.model, WHOLE if step == total else QUICK
@@ -163,8 +163,8 @@ class _Run:
                     break
         return step == total
 
-    def update(self, step: int) -> None:
-        """Do update `step`, counted from 1."""
+    def one_step(self, step: int) -> None:
+        """Do optimizer step `step`, counted from 1."""
         s = self.settings
         # Dropout noise is a function of the step as well.
         torch.manual_seed(s.seed + step)
@@ -191,7 +191,7 @@ def _matrices(model: nn.Module) -> dict[str, Tensor]:
 def _check_finite(losses: tuple[float, float], step: int) -> None:
     if not all(map(math.isfinite, losses)):
         raise UserError(
-            f"The loss after update {step} is not finite: the training diverged; try --init scaled "
+            f"The loss after step {step} is not finite: the training diverged; try --init scaled "
             "or another --norm, with another --name."
         )
 
@@ -204,7 +204,7 @@ def losses_of(data: Data, settings: Settings, model: nn.Module, most: int) -> tu
     for split in (data.train, data.val):
         total = count = 0.0
         for idx, targets in examples(data, split, settings.context, model.block_size, most):
-            scored = int((targets != IGNORED).sum())
+            scored = int((targets != IGNORE_INDEX).sum())
             total += float(model(idx, targets)[1]) * scored
             count += scored
         means.append(total / count)

@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from config import UserError
+from corpus.shards import DATA_DIR, Manifest
+from corpus.tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
 from load_fineweb import SHARD_TOKENS
-from manifests import DATA_DIR, Manifest
 from preparation import claimed, totals
 from sources import SHAKESPEARE, TEXTS, fetch_text, source_name
-from tokenizer import CharTokenizer, Tokenizer, gpt2_tokenizer
+from utils import parse, run_script
 from writer import ShardWriter
 
 TRAIN_SHARE = 0.9
@@ -47,8 +48,6 @@ class Arguments:
 
 def main() -> None:
     """Prepare what the command line asks for."""
-    from command_line import parse
-
     prepare(**vars(parse(Arguments)))
 
 
@@ -131,6 +130,4 @@ def _document(text: str, codec: Tokenizer) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    from command_line import run_script
-
     run_script(main)

@@ -34,18 +34,18 @@ import hellaswag
 import lambada
 import wikitext
 from benchmark import Task
-from command_line import parse, run_script
 from config import ModelConfig, UserError
-from distributed import World
+from corpus.tokenizer import gpt2_tokenizer
 from likelihood import Scores
 from model import GPT
 from packing import plan
 from sample import load
 from scoring import Scorer
 from tests.lm_eval_model import harness_model
-from tokenizer import gpt2_tokenizer
+from training.distributed import DistInfo
+from utils import parse, run_script
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistInfo(0, 0, 1, torch.device("cpu"))
 TOLERANCE = 1e-3
 # What an example has besides log-probabilities, under the names of a fact and of the harness.
 COUNTS = {"word_perplexity": "words", "byte_perplexity": "bytes"}

@@ -14,10 +14,10 @@ import pytest
 from pyarrow import parquet
 
 from config import UserError
+from corpus.shards import read_manifest
+from corpus.tokenizer import gpt2_tokenizer
 from load_fineweb import prepare
-from manifests import read_manifest
-from tests.conftest import ROOT
-from tokenizer import gpt2_tokenizer
+from tests.tiny import ROOT
 
 TEXTS = [f"Document {i} says: {'over and over ' * (i % 7)}\n\nEnd." for i in range(300)]
 

@@ -7,23 +7,23 @@ import torch
 
 import hf_import
 from config import ModelConfig
+from corpus.tokenizer import Tokenizer
 from hf_configs import Saved
 from hf_export import write_export
 from model import GPT
 from recipes import RECIPES, build
 from tests.small_models import config_of, shaken
-from tokenizer import Tokenizer
 
-LLAMA = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
+LLAMA = {"pos_emb": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
 MODERN = {
     "architecture": "modern",
     "bias": False,
-    "positions": "rotary",
+    "pos_emb": "rope",
     "norm": "rmsnorm",
     "qk_norm": True,
-    "x0_shortcut": True,
+    "x0_residual": True,
     "value_residual": True,
-    "softcap": 15.0,
+    "logit_softcap": 15.0,
 }
 
 # What transformers takes a model for, and its parts.
@@ -31,17 +31,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2 without biases": ("gpt2", {"bias": False}),
     "gpt2 with dropout": ("gpt2", {"dropout": 0.1, "attention_dropout": 0.0}),
-    "rotary": ("gpt_neox", {"positions": "rotary"}),
-    "rotary without biases": ("gpt_neox", {"positions": "rotary", "bias": False}),
+    "rope": ("gpt_neox", {"pos_emb": "rope"}),
+    "rotary without biases": ("gpt_neox", {"pos_emb": "rope", "bias": False}),
     "llama": ("llama", LLAMA),
     "swiglu with biases": (
         "gpt2_reproduction",
-        {"positions": "rotary", "activation": "swiglu"},
+        {"pos_emb": "rope", "activation": "swiglu"},
     ),
     "relu2": ("gpt2_reproduction", {"activation": "relu2", "norm": "rmsnorm"}),
     "document mask": ("gpt2_reproduction", {"document_mask": True}),
     "modern": ("gpt2_reproduction", MODERN),
-    "modern untied": ("gpt2_reproduction", {**MODERN, "tied": False, "zero_init": True}),
+    "modern untied": (
+        "gpt2_reproduction",
+        {**MODERN, "tie_embeddings": False, "zero_init_proj": True},
+    ),
     "modern, plain": (
         "gpt2_reproduction",
         {"architecture": "modern", "bias": False, "norm": "layernorm"},

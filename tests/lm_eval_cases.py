@@ -6,11 +6,11 @@ import torch
 from lm_eval.api.instance import Instance
 
 from config import ModelConfig
-from distributed import World
+from corpus.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from lm_eval_adapter import as_language_model
 from model import GPT
 from scoring import Scorer
-from tokenizer import END_OF_TEXT, gpt2_tokenizer
+from training.distributed import DistInfo
 
 # Contexts and continuations as tasks make them, and as they hardly ever do.
 CASES = [
@@ -26,7 +26,7 @@ CASES = [
     ("The end", " again" * 100),
 ]
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistInfo(0, 0, 1, torch.device("cpu"))
 CONTEXT = 128
 
 
@@ -39,9 +39,9 @@ def small_model() -> GPT:
     return model
 
 
-def asked_by_harness(model: GPT, world: World = ALONE) -> Any:
+def asked_by_harness(model: GPT, info: DistInfo = ALONE) -> Any:
     """Return the model as the harness meets it."""
-    scorer = Scorer(model, world, torch.float32)
+    scorer = Scorer(model, info, torch.float32)
     return as_language_model(scorer, gpt2_tokenizer(), CONTEXT, batch_tokens=1024)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from corpus.tokenizer import END_OF_TEXT
 from hf_layouts import to_transformers
 from hf_tokenizer import merge_rules, vocabulary
 from model import GPT
-from tokenizer import END_OF_TEXT
 
 
 def harness_model(model: GPT, softmax_dtype: str = "float32") -> Any:

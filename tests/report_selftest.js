@@ -55,7 +55,7 @@
   found.tokens = labels();
   button("training time").click();
   found.time = labels();
-  button("updates").click();
+  button("steps").click();
   chart.querySelector("button.log").click();
   found.logarithmic = path();
   chart.querySelector("button.log").click();

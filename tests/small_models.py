@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from counts import parameter_count
 from model import GPT, KVCache
-from modern import build_model
+from modern import ModernGPT, build_model
 
 VOCAB, CONTEXT = 61, 16
 # Beginnings of documents have the last id.
@@ -19,7 +18,7 @@ def config_of(**changes: object) -> ModelConfig:
     return ModelConfig(**{**sizes, **changes})
 
 
-def shaken(config: ModelConfig) -> GPT:
+def shaken(config: ModelConfig) -> GPT | ModernGPT:
     """Return a model in eval mode with no weight at its initial value, nor small, nor neutral.
 
     Rows past the vocabulary are large too, so that whoever reads them is found out.
@@ -51,12 +50,13 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def assert_sound(model: GPT) -> None:
+def assert_sound(model: GPT | ModernGPT) -> None:
     """Check loss, number of parameters, causality, cached keys and values, and packed texts."""
     config = model.config
     in_memory = sum(parameter.numel() for parameter in model.parameters())
-    padding = (config.padded_vocab_size - VOCAB) * config.n_embd * (1 if config.tied else 2)
-    assert in_memory - padding == parameter_count(config)
+    tables = 1 if config.tie_embeddings else 2
+    padding = (config.padded_vocab_size - VOCAB) * config.n_embd * tables
+    assert in_memory - padding == config.num_params
     idx = random_ids(3, CONTEXT, eots=(0, 7))
     logits, none = model(idx)
     assert none is None and logits.shape == (3, CONTEXT, VOCAB)
@@ -74,7 +74,7 @@ def _assert_causal(model: GPT, idx: Tensor, logits: Tensor) -> None:
         assert largest_difference(after[:, t:], logits[:, t:]) > 1e-3
 
 
-def _assert_cache_equals_whole(model: GPT) -> None:
+def _assert_cache_equals_whole(model: GPT | ModernGPT) -> None:
     # A text that goes on is one document, so that a document mask hides nothing.
     idx = random_ids(3, CONTEXT, eots=(0,), seed=1)
     whole = model.hidden(idx)
@@ -85,7 +85,7 @@ def _assert_cache_equals_whole(model: GPT) -> None:
         assert largest_difference(torch.cat(parts, 1), whole) < 1e-5
 
 
-def _assert_packed_equals_separate(model: GPT) -> None:
+def _assert_packed_equals_separate(model: GPT | ModernGPT) -> None:
     """Two texts of 6 and 9 tokens in one row, in both orders, and one token of padding."""
     texts = random_ids(1, 6, eots=(0,), seed=2), random_ids(1, 9, eots=(0,), seed=3)
     alone = [model.hidden(text) for text in texts]
@@ -97,7 +97,9 @@ def _assert_packed_equals_separate(model: GPT) -> None:
         text_of = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
         sees = (text_of[:, None] == text_of[None]).tril()
         masks.append(torch.zeros(sees.shape).masked_fill(~sees, -torch.inf))
-    found = model.packed_hidden(torch.cat(rows), torch.stack(places), torch.stack(masks)[:, None])
+    found = model.hidden(
+        torch.cat(rows), positions=torch.stack(places), mask=torch.stack(masks)[:, None]
+    )
     assert largest_difference(found[:1, :6], alone[0]) < 1e-5
     assert largest_difference(found[:1, 6:15], alone[1]) < 1e-5
     assert largest_difference(found[1:, :9], alone[1]) < 1e-5

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from config import UserError
-from manifests import Manifest
-from shards import TokenStream
-from tokenizer import CharTokenizer
+from corpus.shards import Manifest, TokenShards
+from corpus.tokenizer import CharTokenizer
 from writer import ShardWriter
 
 TOKENIZER = CharTokenizer("abcdefghij")
@@ -51,5 +50,5 @@ def write(directory: Path, chunks: list[list[np.ndarray]], **changes: object) ->
 def refuses(directory: Path, split: str = "train") -> str:
     """Return the sentence with which opening a split is refused."""
     with pytest.raises(UserError) as caught:
-        TokenStream(directory, split)
+        TokenShards(directory, split)
     return str(caught.value)

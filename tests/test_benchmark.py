@@ -12,10 +12,10 @@ import pytest
 import benchmark
 from benchmark import WebFile
 from config import UserError
+from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
 from download import ATTEMPTS
 from likelihood import encode_request
 from tests.tiny import ALPHABET
-from tokenizer import CharTokenizer, gpt2_tokenizer
 
 CONTENT = b'{"text": "one"}\n{"text": "two"}\n'
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

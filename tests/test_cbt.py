@@ -8,8 +8,8 @@ import pytest
 
 import cbt
 from config import UserError
+from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
 from likelihood import Scores
-from tokenizer import CharTokenizer, gpt2_tokenizer
 
 CN = "CBTest/data/cbtest_CN_test_2500ex.txt"
 NOUNS = ("barn", "dog", "field", "gate", "hat", "hen", "horse", "mill", "pond", "tree")

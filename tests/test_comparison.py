@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 import comparison
-import config_file
 from comparison import Trial, compare, entries, first_crossing
 from comparison_figures import draw_overlay, draw_rates
-from config import Config, replace
-from counts import parameter_count
+from config import Config, replace, to_json
 from metrics import read_run
 from tests.test_results import cells
 
@@ -24,17 +22,17 @@ def trial(
     seconds: float = 1.0,
     lr: float = 1e-3,
     seed: int = 1,
-    updates: int = 4,
+    steps: int = 4,
     data: str = "pydocs",
     score: float | None = None,
 ) -> Trial:
-    """Write a run of 100 tokens and `seconds` an update, with these validation losses by step."""
+    """Write a run of 100 tokens and `seconds` a step, with these validation losses by step."""
     name = f"{arm}-{data}-lr{lr:g}-seed{seed}"
     run = runs_dir / name
     run.mkdir(parents=True)
-    changes = {"recipe": arm, "data": data, "train.updates": updates}
-    changes |= {"train.tokens_per_update": 100, "model.block_size": 100, "optim.lr": lr}
-    (run / "config.json").write_text(config_file.to_json(replace(Config(), changes)))
+    changes = {"recipe": arm, "data": data, "train.steps": steps}
+    changes |= {"train.batch_tokens": 100, "model.block_size": 100, "optim.lr": lr}
+    (run / "config.json").write_text(to_json(replace(Config(), changes)))
     lines = []
     for step in range(max(losses) + 1):
         at = {"step": step, "tokens": 100 * step}
@@ -89,7 +87,7 @@ def test_the_numbers_of_a_comparison(tmp_path):
     assert fast["seconds_to_baseline"] == pytest.approx(3.0 * 2 * 3.8 / 5.8)
     assert fast["share_of_seconds"] == pytest.approx(3.0 * 2 * 3.8 / 5.8 / 12)
     assert fast["final_loss_deviation"] is None
-    assert fast["parameters"] == parameter_count(trials[2].run.config.model)
+    assert fast["parameters"] == trials[2].run.config.model.num_params
 
 
 def test_the_table_says_the_same_in_words(tmp_path):
@@ -97,7 +95,7 @@ def test_the_table_says_the_same_in_words(tmp_path):
         trial(tmp_path, "slow", {0: 10, 2: 7, 4: 6.0}, seconds=2.0, seed=1),
         trial(tmp_path, "slow", {0: 10, 2: 7, 4: 6.4}, seconds=4.0, seed=2),
         trial(tmp_path, "fast", {0: 10, 2: 4.2, 4: 3.0}, seconds=100.0),
-        trial(tmp_path, "short", {0: 10, 2: 8.0}, updates=4),
+        trial(tmp_path, "short", {0: 10, 2: 8.0}, steps=4),
         diverged("wild"),
     ]
     slow, fast, short, wild = cells(comparison.table(compare(entries(trials))))
@@ -110,7 +108,7 @@ def test_the_table_says_the_same_in_words(tmp_path):
         "tokens to the baseline's loss": "400 (100.0 %)",
         "seconds to it": "12 (100.0 %)",
         "seconds in all": "12",
-        "parameters": f"{parameter_count(trials[0].run.config.model):,}",
+        "parameters": f"{trials[0].run.config.model.num_params:,}",
         "remark": "-",
     }
     assert fast["tokens to the baseline's loss"] == "131 (32.8 %)"

@@ -1,35 +1,36 @@
-"""The document order against lists of lists, and its index under damage."""
+"""train.shuffle documents: the re-ordered stream against lists of lists."""
 
-import dataclasses
-import os
-import pickle
+import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-import documents
+import fineweb
 from config import UserError
-from documents import DocumentOrder, build_index, index_path
-from files import locked
-from manifests import read_manifest, write_manifest
-from orders import permute, subseed
-from shards import TokenStream
+from fineweb import FineWebEdu, document_starts, load_batch, permutation, subseed
+from tests.tiny import tiny_config
 
 EOT = 50256
 SEED = 7
 
 
-def write(directory, shards: list[list[int]]) -> TokenStream:
+def write(directory, shards: list[list[int]], block_size: int = 1) -> FineWebEdu:
     """Write shards as another project does, without a manifest."""
     directory.mkdir(exist_ok=True)
     for number, tokens in enumerate(shards):
         np.save(directory / f"x_train_{number:03d}.npy", np.array(tokens, dtype=np.uint16))
-    return TokenStream(directory, "train")
+    return FineWebEdu(directory, "train", block_size)
 
 
-def pieces(shard: list[int]) -> list[list[int]]:
+def stream(data: FineWebEdu, epoch: int, seed: int = SEED) -> list[int]:
+    """Return all tokens of an epoch in its order."""
+    tokens = data.sequences(np.arange(len(data)), seed=seed, epoch=epoch)
+    return [*tokens[:, :-1].flatten().tolist(), tokens[-1, -1].item()]
+
+
+def documents(shard: list[int]) -> list[list[int]]:
     """Cut a shard before every <|endoftext|>."""
     found = []
     for place, token in enumerate(shard):
@@ -41,12 +42,12 @@ def pieces(shard: list[int]) -> list[list[int]]:
 
 def reference(shards: list[list[int]], seed: int, epoch: int) -> list[int]:
     """Return an epoch's tokens, by shuffling lists."""
-    stream = []
-    for shard in permute(np.arange(len(shards)), len(shards), subseed(seed, 0), epoch):
-        cut = pieces(shards[shard])
-        for piece in permute(np.arange(len(cut)), len(cut), subseed(seed, shard + 1), epoch):
-            stream += cut[piece]
-    return stream
+    tokens = []
+    for shard in permutation(np.arange(len(shards)), len(shards), subseed(seed, 0), epoch):
+        cut = documents(shards[shard])
+        for piece in permutation(np.arange(len(cut)), len(cut), subseed(seed, shard + 1), epoch):
+            tokens += cut[piece]
+    return tokens
 
 
 def make_shards(lengths: list[int], cuts: list[int]) -> list[list[int]]:
@@ -65,9 +66,8 @@ def shards() -> list[list[int]]:
     return make_shards([5, 0, 3, 60, 1, 1, 22, 0, 0, 9, 12], [11, 20, 20, 20, 7, 13, 17])
 
 
-@settings(deadline=None, max_examples=60)
 @given(
-    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20),
     cuts=st.lists(st.integers(1, 25), max_size=12),
     epoch=st.integers(0, 3),
     seed=st.integers(0, 2**40),
@@ -75,183 +75,112 @@ def shards() -> list[list[int]]:
 )
 def test_reading_equals_shuffled_lists(tmp_path_factory, lengths, cuts, epoch, seed, data):
     shards = make_shards(lengths, cuts)
-    stream = write(tmp_path_factory.mktemp("data") / "x", shards)
-    expected, order = reference(shards, seed, epoch), DocumentOrder(stream, seed)
-    assert order.read(epoch, 0, len(expected)).tolist() == expected
-    for _ in range(4):
-        start = data.draw(st.integers(0, len(expected)))
-        count = data.draw(st.integers(0, len(expected) - start))
-        found = order.read(epoch, start, count)
-        assert found.dtype == np.uint16
-        assert found.tolist() == expected[start : start + count]
+    size = data.draw(st.integers(1, sum(map(len, shards)) - 1))
+    sequences = write(tmp_path_factory.mktemp("data") / "x", shards, size)
+    expected = reference(shards, seed, epoch)
+    whole = [expected[i * size : i * size + size + 1] for i in range(len(sequences))]
+    some = data.draw(st.lists(st.integers(0, len(sequences) - 1), min_size=1, max_size=8))
+    for indices in (range(len(sequences)), some):
+        found = sequences.sequences(list(indices), seed=seed, epoch=epoch)
+        assert found.tolist() == [whole[i] for i in indices]
 
 
 def test_every_token_once_an_epoch_and_another_order_in_each(tmp_path, shards):
-    stream = write(tmp_path, shards)
-    order, total = DocumentOrder(stream, SEED), len(stream)
-    epochs = [order.read(epoch, 0, total).tolist() for epoch in range(4)]
+    data = write(tmp_path, shards)
+    epochs = [stream(data, epoch) for epoch in range(4)]
     everything = sorted(token for shard in shards for token in shard)
     assert all(sorted(epoch) == everything for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert DocumentOrder(stream, SEED + 1).read(0, 0, total).tolist() not in epochs
-    # A window at a time, as an update reads them, from two epochs in turn.
-    for start in range(0, total - 9, 9):
+    assert stream(data, 0, SEED + 1) not in epochs
+    # A few at a time, from two epochs in turn.
+    for start in range(0, len(data) - 9, 9):
         for epoch in (1, 2):
-            assert order.read(epoch, start, 10).tolist() == epochs[epoch][start : start + 10]
+            found = data.sequences(np.arange(start, start + 9), seed=SEED, epoch=epoch)
+            assert found[:, 0].tolist() == epochs[epoch][start : start + 9]
 
 
 def test_no_document_of_one_shard_is_left_in_its_place(tmp_path):
     """The order within a shard changes with the epoch, and shards do not share one."""
     shards = [[token for n in range(50) for token in (EOT, n)] for _ in range(2)]
-    order = DocumentOrder(write(tmp_path, shards), SEED)
-    halves = [order.read(epoch, start, 100)[1::2] for epoch in range(2) for start in (0, 100)]
+    data = write(tmp_path, shards)
+    halves = [stream(data, epoch)[i : i + 100][1::2] for epoch in range(2) for i in (0, 100)]
     assert all(sorted(half) == list(range(50)) for half in halves)
     assert len({tuple(half) for half in halves}) == 4
 
 
 def test_empty_shards_are_passed_over(tmp_path):
     shards = [[], [EOT, 1, 2], [], [3, EOT, 4], []]
-    order = DocumentOrder(write(tmp_path, shards), SEED)
+    data = write(tmp_path, shards)
     for epoch in range(5):
-        assert order.read(epoch, 0, 6).tolist() == reference(shards, SEED, epoch)
+        assert stream(data, epoch) == reference(shards, SEED, epoch)
 
 
-def test_the_index_is_made_once_and_found_again(tmp_path, shards, capsys):
-    stream = write(tmp_path, shards)
-    build_index(tmp_path, quiet=True)
-    assert capsys.readouterr() == ("", "")
-    path = index_path(stream)
-    assert (
-        path.name.startswith("documents_train_") and len(path.stem) == len("documents_train_") + 12
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_scanning_in_blocks_finds_the_same(tmp_path, shards, monkeypatch, size):
+    data = write(tmp_path, shards)
+    monkeypatch.setattr(fineweb, "BLOCK_BYTES", size)
+    for number, shard in enumerate(shards):
+        lengths = [len(document) for document in documents(shard)]
+        begins = np.cumsum([0, *lengths[:-1]])
+        assert document_starts(data.shards, number).tolist() == begins.tolist()
+
+
+def test_a_shard_is_scanned_once_when_it_is_entered_and_nothing_is_written(
+    tmp_path, shards, monkeypatch
+):
+    before, scanned = None, []
+    data, scan = write(tmp_path, shards), fineweb.document_starts
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(
+        fineweb, "document_starts", lambda of, shard: scanned.append(shard) or scan(of, shard)
     )
-    starts = np.load(path)
-    flat = [token for shard in shards for token in shard]
-    begins = {0, *np.cumsum([len(shard) for shard in shards]).tolist()}
-    assert starts.tolist() == sorted(begins | {i for i, token in enumerate(flat) if token == EOT})
-    # It is no shard, and another file does not make it stale.
-    assert len(TokenStream(tmp_path, "train")) == len(stream)
-    before = path.stat().st_mtime_ns
-    build_index(tmp_path, quiet=True)
-    assert path.stat().st_mtime_ns == before
+    for index in range(len(data)):
+        data.sequences([index], seed=SEED, epoch=0)
+    assert sorted(scanned) == list(range(len(shards)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_scanning_in_blocks_finds_the_same(tmp_path, shards, monkeypatch):
-    stream = write(tmp_path, shards)
-    whole = np.concatenate(documents.find_pieces(stream))
-    for size in (1, 2, 7):
-        monkeypatch.setattr(documents, "BLOCK_TOKENS", size)
-        assert np.array_equal(np.concatenate(documents.find_pieces(stream)), whole)
-
-
-def test_the_index_of_other_data_is_not_taken(tmp_path, shards):
-    old = index_path(write(tmp_path, shards))
-    build_index(tmp_path, quiet=True)
-    stream = write(tmp_path, [*shards, [1, 2, EOT]])
-    assert index_path(stream) != old
-    assert DocumentOrder(stream, SEED).read(0, 0, len(stream)).tolist() == reference(
-        [*shards, [1, 2, EOT]], SEED, 0
+def test_a_rank_reads_the_shards_of_its_own_slice_only(tmp_path, monkeypatch):
+    data = write(tmp_path, [[EOT, *range(n * 100, n * 100 + 63)] for n in range(8)], 16)
+    config = tiny_config(
+        tmp_path, tmp_path, batch_tokens=16 * 16, block_size=16, shuffle="documents", vocab_size=9
     )
-    # With a manifest, it is the manifest's digest that counts.
-    manifest = dataclasses.replace(read_manifest(tmp_path), source={"kind": "first"})
-    write_manifest(tmp_path, manifest)
-    first = index_path(TokenStream(tmp_path, "train"))
-    write_manifest(tmp_path, dataclasses.replace(manifest, source={"kind": "second"}))
-    assert len({first, old, index_path(stream), index_path(TokenStream(tmp_path, "train"))}) == 3
+    opened, shard = [], data.shards.shard
+    monkeypatch.setattr(data.shards, "shard", lambda i: opened.append(i) or shard(i))
+    seen = []
+    for rank in range(4):
+        opened.clear()
+        load_batch(data, config, 1, rank, 4)
+        seen.append(set(opened))
+    # Four sequences are a shard, and the last target is the next one's first token.
+    assert [len(shards) for shards in seen] == [2, 2, 2, 2]
+    assert len(set.union(*seen)) == 5
 
 
-def refuses(stream) -> str:
-    with pytest.raises(UserError) as caught:
-        order = DocumentOrder(stream, SEED)
-        for epoch in range(2):
-            order.read(epoch, 0, len(stream))
-    assert "\n" not in str(caught.value) and "delete it" in str(caught.value)
-    return str(caught.value)
+def test_threads_share_the_order(tmp_path, shards):
+    data, wrong = write(tmp_path, shards), []
+    expected = [stream(data, epoch) for epoch in range(3)]
+
+    def read(epoch: int) -> None:
+        for _ in range(20):
+            if stream(data, epoch) != expected[epoch]:
+                wrong.append(epoch)
+
+    threads = [threading.Thread(target=read, args=(epoch % 3,)) for epoch in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
-def test_no_changed_byte_of_the_index_goes_unnoticed(tmp_path, shards):
-    stream = write(tmp_path, shards)
-    build_index(tmp_path, quiet=True)
-    path = index_path(stream)
-    content = path.read_bytes()
-    for place in [*range(0, 128, 7), 127, *range(128, len(content))]:
-        for bit in (1, 64, 128):
-            changed = bytes([content[place] ^ bit])
-            path.write_bytes(content[:place] + changed + content[place + 1 :])
-            assert path.name in refuses(stream)
-    # Places so far apart that their difference overflows.
-    places = np.frombuffer(content[128:], "<i8").copy()
-    places[3:5] = 2**63 - 1, -(2**63) + 100
-    np.save(path, places)
-    assert path.name in refuses(stream)
-    for damaged in (b"", content[:100], content[:-1], content[:-8], content + bytes(8)):
-        path.write_bytes(damaged)
-        assert path.name in refuses(stream)
-    path.unlink()
-    path.mkdir()
-    assert path.name in refuses(stream)
-    path.rmdir()
-    assert len(DocumentOrder(stream, SEED).read(0, 0, len(stream))) == len(stream)
+def test_a_token_past_the_vocabulary(tmp_path):
+    data = write(tmp_path, [[EOT, 1, 2], [EOT, 50257, 4]])
+    with pytest.raises(UserError, match="token 50257, past its vocabulary of 50257"):
+        stream(data, 0)
 
 
-def test_an_index_that_lacks_or_doubles_a_piece_is_noticed(tmp_path, shards):
-    stream = write(tmp_path, shards)
-    build_index(tmp_path, quiet=True)
-    path = index_path(stream)
-    places = np.load(path)
-    begin = int(np.flatnonzero(places == len(shards[0]))[0])
-    for wrong in (np.delete(places, begin), np.insert(places, 3, places[3]), places[::-1]):
-        np.save(path, wrong)
-        assert path.name in refuses(stream)
-
-
-def test_other_tokens_of_the_same_number_are_noticed(tmp_path, shards):
-    stream = write(tmp_path, shards)
-    build_index(tmp_path, quiet=True)
-    write(tmp_path, [shard[::-1] for shard in shards])
-    assert index_path(stream).name in refuses(stream)
-
-
-def test_a_directory_that_cannot_be_written(tmp_path, shards, monkeypatch, capsys):
-    stream = write(tmp_path, shards)
-
-    def fails(*args):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr("os.replace", fails)
-    build_index(tmp_path, quiet=False)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "Read-only" in said and "kept in memory" in said
-    order = DocumentOrder(stream, SEED)
-    assert capsys.readouterr().out == ""
-    assert order.read(1, 0, len(stream)).tolist() == reference(shards, SEED, 1)
-    assert not [name for name in os.listdir(tmp_path) if "documents" in name]
-
-
-def test_two_that_make_the_index_at_once(tmp_path, shards, capsys):
-    stream = write(tmp_path, shards)
-    with locked(tmp_path):
-        order = DocumentOrder(stream, SEED, quiet=False)
-    assert "kept in memory" in capsys.readouterr().out and not index_path(stream).exists()
-    assert order.read(0, 0, len(stream)).tolist() == reference(shards, SEED, 0)
-
-
-def test_an_order_is_pickled_without_its_open_files(tmp_path, shards):
-    order = DocumentOrder(write(tmp_path, shards), SEED)
-    expected = order.read(0, 0, 50)
-    again = pickle.loads(pickle.dumps(order))
-    del order
-    assert np.array_equal(again.read(0, 0, 50), expected)
-
-
-def test_only_the_pieces_of_two_shards_are_held(tmp_path, shards):
-    order = DocumentOrder(write(tmp_path, shards), SEED)
-    for epoch in range(3):
-        order.read(epoch, 0, len(order.stream))
-        assert len(order._held) <= 2
-
-
-def test_reading_past_either_end_is_an_error(tmp_path, shards):
-    order = DocumentOrder(write(tmp_path, shards), SEED)
-    for start, count in ((-1, 2), (len(order.stream) - 1, 2), (0, -1)):
-        with pytest.raises(IndexError):
-            order.read(0, start, count)
+def test_reading_past_the_end_is_an_error(tmp_path, shards):
+    data = write(tmp_path, shards)
+    with pytest.raises(IndexError):
+        data.sequences([len(data)], seed=SEED, epoch=0)

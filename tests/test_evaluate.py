@@ -9,15 +9,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import evaluate
-import logs
-from command_line import parse
 from config import UserError
-from distributed import World
+from corpus.tokenizer import gpt2_tokenizer
 from published import published
 from tasks import TASKS
+from tests.runs import run_training
 from tests.tiny import make_data, script, tiny_config
-from tokenizer import gpt2_tokenizer
-from train import train
+from utils import parse
 
 SENTENCES = [
     "The King 's daughter walked to the well .",
@@ -83,10 +81,9 @@ def run(tmp_path_factory) -> Path:
     """A short run with GPT-2's vocabulary, and a context shorter than CBT's questions."""
     root = tmp_path_factory.mktemp("run")
     shards = make_data(root / "data", shard_tokens=1000, tokenizer=gpt2_tokenizer())
-    config = tiny_config(shards, root / "runs", vocab_size=50257, updates=4, block_size=64)
+    config = tiny_config(shards, root / "runs", vocab_size=50257, steps=4, block_size=64)
     directory = root / "runs" / "tiny"
-    logs.create_run(directory, config)
-    train(config, directory, World(0, 1, torch.device("cpu")))
+    run_training(config)
     return directory
 
 
@@ -209,9 +206,8 @@ def test_a_damaged_record_is_not_written_over(run, here, capsys):
 
 
 def test_a_model_of_characters_is_refused(tmp_path, here, capsys):
-    config = tiny_config(make_data(tmp_path / "data"), tmp_path / "runs", updates=1)
-    logs.create_run(tmp_path / "runs" / "tiny", config)
-    train(config, tmp_path / "runs" / "tiny", World(0, 1, torch.device("cpu")))
+    config = tiny_config(make_data(tmp_path / "data"), tmp_path / "runs", steps=1)
+    run_training(config)
     with pytest.raises(UserError, match="hellaswag needs GPT-2's vocabulary"):
         run_command(tmp_path / "runs" / "tiny", "--tasks", "hellaswag", capsys=capsys)
 

@@ -14,13 +14,13 @@ import experiments
 import main
 import recipes
 from arms import planned_runs, read_command
-from config import UserError, identity_digest
+from config import UserError
 from tests.test_results import cells
 from tests.tiny import ROOT, make_data, script, start, wait_for
 
 TINY = [
     *("--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "32"),
-    *("--model.block-size", "32", "--train.tokens-per-update", "128", "--train.val-tokens", "512"),
+    *("--model.block-size", "32", "--train.batch-tokens", "128", "--train.val-tokens", "512"),
     *("--train.val-interval", "2", "--train.sample-tokens", "0", "--train.device", "cpu"),
 ]
 
@@ -28,23 +28,27 @@ TINY = [
 STAND_IN = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-import logs, main
+import json, main
+from training.logger import create_run
 print("progress\\rprogress")
 job = main.resolve(sys.argv[1:])
 config, run = main.complete_config(job.config), job.run
 if not run.exists():
-    logs.create_run(run, config)
+    create_run(run, config)
 if config.optim.lr > 0.5:
     (run / "non_finite.json").write_text("{{}}")
-    raise SystemExit("error: Update 2 has a loss of nan.")
+    raise SystemExit("error: Step 2 has a loss of nan.")
 if config.optim.weight_decay == 0.5:
     raise SystemExit("error: The disk is full.")
-end = config.train.updates
+end = config.train.steps
+metrics = open(run / "metrics.jsonl", "a")
 for step in (0, end):
-    tokens = step * config.train.tokens_per_update
+    tokens = step * config.train.batch_tokens
     loss = 5 + abs(config.optim.lr - 0.02) + config.train.seed / 1e6 + (0 if step else 3)
-    logs.append_metrics(run, dict(kind="train", step=step, tokens=tokens, loss=loss, seconds=step))
-    logs.append_metrics(run, dict(kind="val", step=step, tokens=tokens, loss=loss))
+    for kind in ("train", "val"):
+        line = dict(kind=kind, step=step, tokens=tokens, loss=loss, seconds=step)
+        metrics.write(json.dumps(line) + "\\n")
+metrics.close()
 """
 
 
@@ -110,15 +114,15 @@ def test_main_resolves_what_was_planned(command):
 
 def test_every_arm_trains_on_the_tokens_of_the_size(command):
     size = recipes.SIZES["nano"]
-    command = command[: command.index("--train.tokens-per-update")]
+    command = command[: command.index("--train.batch-tokens")]
     found = plan("gpt2-baseline", "gpt3-settings", "shakespeare-char", *command)
     for run in found:
         train = run.config.train
-        assert train.updates * train.tokens_per_update == size.tokens
+        assert train.steps * train.batch_tokens == size.tokens
         assert train.val_tokens == size.val_tokens and train.val_interval == size.val_interval
     # What is typed counts for more.
     (typed,) = plan("gpt3-settings", *command, "--train.tokens", "40960")
-    assert typed.config.train.updates == 20
+    assert typed.config.train.steps == 20
 
 
 def test_a_sweep_keeps_the_rates_in_proportion(command):
@@ -129,7 +133,7 @@ def test_a_sweep_keeps_the_rates_in_proportion(command):
     before = read_command(["modern-untied", *command])[1][0].config.optim
     assert adamw.lr == muon.lr == untied.lr == 3e-2 and adamw.muon_lr == 0.02
     assert muon.muon_lr == pytest.approx(before.muon_lr * 3e-2 / before.lr) != before.muon_lr
-    assert untied.head_lr / untied.lr == pytest.approx(before.head_lr / before.lr)
+    assert untied.lm_head_lr / untied.lr == pytest.approx(before.lm_head_lr / before.lr)
 
 
 def test_later_seeds_wait_for_the_sweep(command):
@@ -145,7 +149,7 @@ def test_later_seeds_wait_for_the_sweep(command):
 def test_several_data_sets_are_scored_at_both_ends(command, data, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(data, other)
-    args = [*command, "--data", str(data), str(other), "--train.updates", "7"]
+    args = [*command, "--data", str(data), str(other), "--train.steps", "7"]
     found = plan("gpt2-rope", "gpt2-rope --train.eval-interval 3", *args)
     assert [(run.data, run.config.train.eval_interval) for run in found] == [
         *(("tiny", 7), ("other", 7), ("tiny", 3), ("other", 3))
@@ -162,10 +166,9 @@ def test_several_data_sets_are_scored_at_both_ends(command, data, tmp_path):
         (["modern --train.runs_dir=x"], [], "sets --train.runs-dir, which is the same for all"),
         (["modern gpt2"], [], "is not one recipe and options of its own"),
         (["modern 'x"], [], "cannot be read: no closing quotation"),
-        (["modern --model.no-qk-nrm"], [], "no option --model.no-qk-nrm; did you mean"),
         (["gpt2"], ["--seeds", "0"], "--seeds must be at least 1"),
         (["gpt2 --seeds 0"], [], "that must be at least 1"),
-        (["gpt2"], ["--lr", "-1"], "optim.lr must be above 0"),
+        (["gpt2"], ["--lr", "-1"], "optim.lr cannot be -1.0"),
         (["gpt2"], ["--name", "a/b"], "is not a plain name"),
         (["gpt2"], ["--name", ""], "needs a --name"),
         (["gpt2"], ["--size", "nan"], "There is no size 'nan'; did you mean nano?"),
@@ -173,7 +176,7 @@ def test_several_data_sets_are_scored_at_both_ends(command, data, tmp_path):
         (["gpt2"], ["--data"], "--data needs a directory"),
         (["gpt2"], ["--data", "a/x", "b/x/"], "directories of different names, not 'x' 2 times"),
         (["gpt2"], ["--processes", "3"], "cannot be shared by 3 processes"),
-        (["gpt2", "gpt2 --train.updates 5"], [], "640 tokens of training on tiny and 'gpt2'"),
+        (["gpt2", "gpt2 --train.steps 5"], [], "640 tokens of training on tiny and 'gpt2'"),
         (["gpt2", "gpt2 --train.val-tokens 64"], [], "64 tokens of validation on tiny and 'gpt2'"),
         (
             ["gpt2 --optim.eps 1e-3", "gpt2 --optim.eps 1e+3"],
@@ -185,6 +188,13 @@ def test_several_data_sets_are_scored_at_both_ends(command, data, tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_runs(command, recipes, options, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         plan(*recipes, *command, *options)
+    assert not Path("runs").exists()
+
+
+def test_an_unknown_option_of_an_arm_is_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        plan("modern --model.no-qk-nrm", *command)
+    assert "--model.no-qk-nrm" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
@@ -200,7 +210,7 @@ def test_the_embedded_corpus_is_made_before_the_runs_are_planned(command, monkey
 
     monkeypatch.setattr(arms.load_fineweb, "prepare", prepare)
     (run,) = plan("gpt2-rope", *command, "--data", "pydocs", "--train.epochs", "1")
-    assert run.config.train.updates > 1 and run.config.model.vocab_size < 100
+    assert run.config.train.steps > 1 and run.config.model.vocab_size < 100
 
 
 def test_a_sweep_then_seeds_then_a_table(command, stand_in, monkeypatch, capsys):
@@ -255,8 +265,6 @@ def test_the_same_command_again_reuses_all_and_repeats_to_the_byte(
 def test_a_run_of_other_settings_is_in_the_way(command, stand_in, monkeypatch):
     directory = run_all(monkeypatch, "gpt2-rope", *command)
     (config,) = directory.glob("*/config.json")
-    digest = json.loads((directory / "table.json").read_text())["runs"][0]["config_digest"]
-    assert digest == identity_digest(plan("gpt2-rope", *command)[0].config)
     with pytest.raises(UserError, match=r"optim.beta1 0.9 -> 0.8\); choose another --name"):
         plan("gpt2-rope", *command, "--optim.beta1", "0.8")
     assert config.is_file()
@@ -289,7 +297,7 @@ def test_jobs_share_the_cores(command, monkeypatch):
 
 def test_two_recipes_train_side_by_side(command, tmp_path):
     """The real thing: main.py twice, then nothing is left to do."""
-    args = ["experiments.py", "gpt2-baseline", "modern", *command, "--train.updates", "4"]
+    args = ["experiments.py", "gpt2-baseline", "modern", *command, "--train.steps", "4"]
     done = script(*args, "--jobs", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "runs/experiments/try"
@@ -303,7 +311,7 @@ def test_two_recipes_train_side_by_side(command, tmp_path):
 
 
 def test_ctrl_c_stops_a_run_in_good_order_and_the_same_command_continues(command, tmp_path):
-    args = ["experiments.py", "gpt2-baseline", *command, "--train.updates", "400"]
+    args = ["experiments.py", "gpt2-baseline", *command, "--train.steps", "400"]
     args += ["--train.val-interval", "100"]
     process = start(*args, cwd=tmp_path)
     directory = tmp_path / "runs/experiments/try"
@@ -319,5 +327,5 @@ def test_ctrl_c_stops_a_run_in_good_order_and_the_same_command_continues(command
     lines = (run / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if '"train"' in line]
     assert lines[0] == began and steps == list(range(1, 401))
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment["started_at_step"] > 0
+    starts = (run / "environment.jsonl").read_text().splitlines()
+    assert [json.loads(line)["started_at_step"] > 0 for line in starts] == [False, True]

@@ -1,50 +1,43 @@
-"""Micro-batches that are halved until they fit, blocks computed twice, kernels by measurement."""
+"""Micro-batches that are halved until they fit, recomputed blocks, attention kernels."""
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import attention
-import logs
-import micro_batch
-from attention import attention_by, choose_attention
-from config import UserError, replace
-from distributed import World
-from micro_batch import choose_micro_batch, largest_that_fits
+from config import Config, UserError
 from model import GPT
+from tests.runs import alone, column
 from tests.tiny import make_data, tiny_config
 from train import train
-from trainer import begin
-
-ALONE = World(0, 1, torch.device("cpu"))
+from training.attention import attention_by
+from training.logger import create_run
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp("data") / "tiny")
 
 
-def losses(config, tries=False):
+def train_trying(config: Config, tries: bool = True) -> tuple[list[tuple], dict]:
+    """Train, trying the micro-batch or not; returns the losses and the facts of this start."""
     run = Path(config.train.runs_dir) / config.name
-    logs.create_run(run, config)
-    train(config, run, ALONE, None, tries)
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    environment = json.loads((run / "environment.json").read_text())
-    return [line["loss"] for line in found if line["kind"] == "train"], environment
+    create_run(run, config)
+    train(config, run, alone(config), None, tries)
+    facts = json.loads((run / "environment.jsonl").read_text().splitlines()[-1])
+    return column(run, "train", "loss"), facts
 
 
-def fits_only(limit, monkeypatch):
-    """Let the model run out of memory with more than `limit` windows that need gradients."""
+def fits_only(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model run out of memory with more than `limit` sequences that need gradients."""
     forward = GPT.forward
 
-    def small(self, idx, targets=None):
+    def small(self, idx, *arguments):
         if torch.is_grad_enabled() and len(idx) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.")
-        return forward(self, idx, targets)
+        return forward(self, idx, *arguments)
 
     monkeypatch.setattr(GPT, "forward", small)
 
@@ -52,72 +45,45 @@ def fits_only(limit, monkeypatch):
 def test_a_micro_batch_that_does_not_fit_is_halved_and_the_run_is_the_same(
     data, tmp_path, monkeypatch, capsys
 ):
-    given, _ = losses(tiny_config(data, tmp_path / "given", micro_batch=2))
+    config = tiny_config(data, tmp_path / "given", micro_batch_size=2, dropout=0.1)
+    given, _ = train_trying(config, tries=False)
     fits_only(3, monkeypatch)
-    found, environment = losses(tiny_config(data, tmp_path / "found", micro_batch=8), tries=True)
-    assert found == given
-    assert environment["micro_batch"] == 2 and environment["accumulation"] == 4
+    config = tiny_config(data, tmp_path / "found", micro_batch_size=8, dropout=0.1)
+    found, facts = train_trying(config)
+    assert found == given and facts["micro_batch_size"] == 2
     said = capsys.readouterr().out
-    assert "a micro-batch of 8 does not fit: going on with 4" in said
-    assert "a micro-batch of 4 does not fit: going on with 2" in said
+    for size, smaller in ((8, 4), (4, 2)):
+        assert f"a micro-batch of {size} does not fit: going on with {smaller}" in said
 
 
 def test_a_given_micro_batch_is_not_touched(data, tmp_path, monkeypatch):
     fits_only(3, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
-        losses(tiny_config(data, tmp_path, micro_batch=8))
+        train_trying(tiny_config(data, tmp_path, micro_batch_size=8), tries=False)
 
 
-def test_not_even_one_window(data, tmp_path, monkeypatch):
+def test_not_even_one_sequence(data, tmp_path, monkeypatch):
     fits_only(0, monkeypatch)
-    config = tiny_config(data, tmp_path, micro_batch=2)
-    with pytest.raises(UserError, match="Not even one window fits"):
-        largest_that_fits(config, GPT(config.model), True, ALONE)
+    with pytest.raises(UserError, match="A micro-batch of 1 does not fit"):
+        train_trying(tiny_config(data, tmp_path))
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(data, tmp_path, monkeypatch):
-    def broken(self, idx, targets=None):
+    def broken(self, *arguments):
         raise RuntimeError("a mistake")
 
     monkeypatch.setattr(GPT, "forward", broken)
-    config = tiny_config(data, tmp_path, micro_batch=2)
     with pytest.raises(RuntimeError, match="a mistake"):
-        largest_that_fits(config, GPT(config.model), True, ALONE)
+        train_trying(tiny_config(data, tmp_path))
 
 
-def test_a_gpu_gets_what_its_memory_should_hold(data, tmp_path, monkeypatch):
-    config = replace(tiny_config(data, tmp_path), {"train.micro_batch": None})
-    gpu = World(0, 1, torch.device("cuda"))
-    monkeypatch.setattr(micro_batch, "pick_dtype", lambda name, device: torch.bfloat16)
-    for free, windows in ((10**12, 8), (0, 1)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
-        assert choose_micro_batch(config, gpu).train.micro_batch == windows
-    assert choose_micro_batch(replace(config, {"train.micro_batch": 2}), gpu).train.micro_batch == 2
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"dropout": 0.1}, {"architecture": "modern", "bias": False}]
-)
-def test_gradient_checkpointing_changes_nothing(data, tmp_path, changes):
-    plain, _ = losses(tiny_config(data, tmp_path / "plain", **changes))
-    changes = changes | {"gradient_checkpointing": True}
-    again, _ = losses(tiny_config(data, tmp_path / "again", **changes))
-    assert again == plain
-
-
-def test_gradient_checkpointing_computes_blocks_twice(data, tmp_path, monkeypatch):
-    config = tiny_config(data, tmp_path, gradient_checkpointing=True)
-    run = tmp_path / config.name
-    logs.create_run(run, config)
-    trainer, _ = begin(config, run, ALONE, None, threading.Event())
-    calls = []
-    trainer.model.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    idx = torch.zeros(1, 8, dtype=torch.long)
-    trainer.model(idx, idx)[1].backward()
-    with torch.no_grad():
-        trainer.model(idx, idx)
-    trainer.bar.close()
-    assert len(calls) == 3
+@pytest.mark.parametrize("changes", [{}, {"architecture": "modern", "bias": False}])
+def test_a_run_with_gradient_checkpointing_is_the_same(data, tmp_path, changes):
+    runs = [
+        train_trying(tiny_config(data, tmp_path / str(on), gradient_checkpointing=on, **changes))
+        for on in (False, True)
+    ]
+    assert runs[0][0] == runs[1][0]
 
 
 def test_attention_is_the_same_by_any_kernel_that_is_here(data, tmp_path):
@@ -128,29 +94,13 @@ def test_attention_is_the_same_by_any_kernel_that_is_here(data, tmp_path):
         with attention_by(name):
             found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.testing.assert_close(found, expected)
+    by_math, _ = train_trying(tiny_config(data, tmp_path / "math", attention="math"))
+    by_auto, _ = train_trying(tiny_config(data, tmp_path / "auto"))
+    assert [loss for (loss,) in by_math] == pytest.approx([loss for (loss,) in by_auto], abs=1e-4)
 
 
-def test_the_fastest_kernel_is_taken_and_missing_ones_are_refused(data, tmp_path, monkeypatch):
-    config = tiny_config(data, tmp_path)
-    assert choose_attention(config, ALONE, torch.float32) == "auto"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpu, seconds = (
-        World(0, 1, torch.device("cuda")),
-        {"cudnn": None, "flash": 2.0, "efficient": 1.0},
-    )
-    monkeypatch.setattr(attention, "time_attention", lambda name, *_, **__: seconds.get(name))
-    assert choose_attention(config, gpu, torch.bfloat16) == "efficient"
-    seconds.clear()
-    assert choose_attention(config, gpu, torch.bfloat16) == "math"
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="Attention by fa3 cannot be had here"):
-        choose_attention(replace(config, {"train.attention": "fa3"}), ALONE, torch.float32)
-    asked = replace(config, {"train.attention": "math"})
-    assert choose_attention(asked, ALONE, torch.float32) == "math"
-
-
-def test_a_kernel_can_be_asked_for_in_a_run(data, tmp_path):
-    found, environment = losses(tiny_config(data, tmp_path / "math", attention="math"))
-    plain, _ = losses(tiny_config(data, tmp_path / "auto"))
-    assert environment["attention"] == "math"
-    assert found == pytest.approx(plain, abs=1e-4)
+def test_a_kernel_that_is_not_here_is_refused_in_a_sentence(data, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("it may be there")
+    with pytest.raises(UserError, match="fa3"):
+        train_trying(tiny_config(data, tmp_path, attention="fa3"))

@@ -7,9 +7,9 @@ import pytest
 
 import hellaswag
 from config import UserError
+from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
 from likelihood import Scores
 from tests.tiny import ALPHABET
-from tokenizer import CharTokenizer, gpt2_tokenizer
 
 ROW = {
     "ind": 24,

@@ -1,6 +1,7 @@
 """The command: any model becomes a directory for transformers that says what it is."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,32 +9,33 @@ import torch
 
 import hf
 import hf_import
-import logs
-from command_line import run_script
 from config import UserError
-from distributed import World
-from manifests import manifest_digest
+from corpus.shards import manifest_sha256
+from corpus.tokenizer import gpt2_tokenizer
 from sample import generate_text, load
 from tests.exports import assert_same_weights
 from tests.fake_hub import installed
+from tests.runs import run_training
 from tests.tiny import CHARACTERS, make_data, tiny_config
-from tokenizer import gpt2_tokenizer
-from train import train
+from utils import run_script
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of four updates on characters, with rotary positions."""
+    """A run of four steps on characters, with rotary positions."""
     root = tmp_path_factory.mktemp("run")
     data = make_data(root / "data", shard_tokens=1000)
-    config = tiny_config(data, root / "runs", updates=4, positions="rotary")
+    config = tiny_config(data, root / "runs", steps=4, pos_emb="rope")
     directory = root / "runs" / "tiny"
-    logs.create_run(directory, config)
-    train(config, directory, World(0, 1, torch.device("cpu")))
+    run_training(config)
     scores = {"hellaswag": {"metrics": {"acc_norm": 0.2531, "acc_norm_stderr": 0.0043}}}
     (directory / "evals.json").write_text(json.dumps({"step_000004": scores}))
+    with (directory / "metrics.jsonl").open("a") as file:
+        for step, acc in ((2, 0.125), (4, 0.25)):
+            line = {"kind": "eval", "step": step, "task": "lambada", "acc": acc, "seconds": 9.5}
+            file.write(json.dumps(line) + "\n")
     return directory
 
 
@@ -74,7 +76,7 @@ def test_a_run_becomes_a_directory_that_everything_opens(run, capsys):
     ids = spoken("<|endoftext|>the cat", return_tensors="pt")
     written = theirs.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids.input_ids.size(1) :]
     assert texts[0][0].startswith(spoken.decode(written, skip_special_tokens=True))
-    assert model.config.positions == "rotary"
+    assert model.config.pos_emb == "rope"
 
 
 def test_the_card_says_what_the_model_is(run, capsys):
@@ -92,19 +94,22 @@ def test_the_card_says_what_the_model_is(run, capsys):
         f"{4 * 256:,}",
         "`data`",
         "kind test",
-        manifest_digest(run.parent.parent / "data"),
+        manifest_sha256(run.parent.parent / "data"),
         f"Validation loss: {state['val_loss']:.4f}",
         f"{state['bits_per_byte']:.4f} bits a byte",
         "hellaswag",
         "25.31",
+        "lambada (after step 4)",
+        "25.00 %",
         "begins with `<|endoftext|>`",
         "AutoTokenizer.from_pretrained(DIRECTORY)",
     ):
         assert fact in rest, fact
+    assert "after step 2" not in rest and "9.5" not in rest
 
 
 def test_a_card_of_data_that_is_gone_says_less(run, capsys, monkeypatch):
-    monkeypatch.setattr("hf.manifest_digest", lambda directory: "another")
+    monkeypatch.setattr("hf.manifest_sha256", lambda directory: "another")
     command(run, "--out", "out", capsys=capsys)
     card = Path("out/README.md").read_text()
     assert "kind test" not in card and "4 of 4" in card
@@ -185,6 +190,8 @@ def test_nothing_else_is_replaced_and_unknown_names_are_one_sentence(run, capsys
 
 def test_a_mistake_has_no_traceback(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["hf.py", "nothing"])
+    for stream in ("stdout", "stderr"):  # run_script wraps them
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
     with pytest.raises(SystemExit) as caught:
         run_script(hf.main)
     assert caught.value.code not in (0, None)

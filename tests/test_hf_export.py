@@ -7,9 +7,9 @@ import torch
 
 import hf_import
 from config import UserError
-from generate import generate
 from hf_configs import KEY, architecture_of
 from recipes import RECIPES
+from sample import generate
 from tests.exports import SHAPES, assert_same_weights, exported, opened, recipe_config, small
 from tests.small_models import EOT, random_ids, shaken
 
@@ -62,7 +62,7 @@ def test_every_shape_has_the_same_logits_and_loss_in_transformers(shape, tmp_pat
 def test_greedy_generation_in_transformers_equals_ours(shape, tmp_path):
     model = small(shape, block_size=256)
     # Blocks with more to say, or some models would repeat one token for ever.
-    scale = 0.6 if model.config.tied else 0.2
+    scale = 0.6 if model.config.tie_embeddings else 0.2
     with torch.no_grad():
         for name, parameter in model.h.named_parameters():
             parameter += scale * torch.randn_like(parameter) * ("weight" in name)
@@ -112,13 +112,13 @@ def test_dropout_goes_with_the_model(tmp_path):
 
 
 def test_an_export_says_whose_it_is_and_what_begins_a_document(tmp_path):
-    model = small("rotary")
+    model = small("rope")
     directory = exported(model, tmp_path / "out", recipe="gpt2-rope")
     _, saved = hf_import.load(str(directory))
     assert (saved.begins_with_eot, saved.recipe, saved.step) == (True, "gpt2-rope", 12)
     settings = json.loads((directory / "config.json").read_text())
     assert settings["bos_token_id"] == settings["eos_token_id"] == EOT
-    assert settings[KEY]["model"]["positions"] == "rotary"
+    assert settings[KEY]["model"]["pos_emb"] == "rope"
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path):

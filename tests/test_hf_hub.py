@@ -10,12 +10,13 @@ import pytest
 
 import hub
 from config import UserError
-from manifests import Manifest, read_manifest, write_manifest
+from corpus.shards import Manifest, read_manifest, write_manifest
 from sample import find, load
 from tests.exports import assert_same_weights, exported, small
 from tests.fake_hub import FakeHub, installed
 from tests.small_models import config_of, shaken
 from tests.tiny import CHARACTERS, make_data
+from utils import seal
 
 NAME = "somebody/something"
 
@@ -123,10 +124,10 @@ def test_a_repository_that_is_no_data_directory_is_refused_and_leaves_nothing(fa
 def test_a_manifest_that_reaches_outside_is_refused(data, fake_hub, tmp_path):
     hub.push_shards(data, NAME)
     path = fake_hub.repository(NAME, "dataset") / "manifest.json"
-    raw = json.loads(path.read_text())
-    del raw["digest"]
-    raw["shards"][0]["file"] = "../outside.npy"
-    path.write_text(json.dumps(raw))
+    record = json.loads(path.read_text())
+    del record["digest"]
+    record["shards"][0]["file"] = "../outside.npy"
+    path.write_bytes(seal(record))
     assert "not the name of a file" in refusal(NAME, None, tmp_path / "out")
 
 
@@ -139,7 +140,7 @@ def test_what_is_there_already_is_not_fetched_again_nor_overwritten(data, fake_h
     assert shards == []
     (tmp_path / "mine").mkdir()
     assert "holds something else" in refusal(NAME, None, tmp_path / "mine")
-    other = make_data(tmp_path / "other", documents=9)
+    other = make_data(tmp_path / "other", documents=30)
     assert "holds something else" in refusal(NAME, None, other)
 
 
@@ -150,12 +151,14 @@ def test_unfinished_damaged_and_foreign_data_is_not_published(data, fake_hub, tm
     assert "has no manifest.json" in refusal(foreign, NAME, function=hub.push_shards)
     shard = data / read_manifest(data).shards[0].file
     shard.write_bytes(shard.read_bytes()[:-2])
-    assert f"{shard} is truncated" in refusal(data, NAME, function=hub.push_shards)
+    assert f"{shard} is not a readable token shard (truncated" in refusal(
+        data, NAME, function=hub.push_shards
+    )
     assert fake_hub.calls == []
 
 
 def test_a_model_comes_back_from_the_hub_and_is_found_by_its_name(fake_hub, tmp_path, monkeypatch):
-    model = shaken(config_of(positions="rotary", vocab_size=CHARACTERS.vocab_size))
+    model = shaken(config_of(pos_emb="rope", vocab_size=CHARACTERS.vocab_size))
     hub.push(exported(model, tmp_path / "out", CHARACTERS), NAME)
     monkeypatch.chdir(tmp_path)
     assert find(NAME) == NAME

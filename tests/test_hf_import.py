@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import hf_import
 from config import ModelConfig, UserError
+from corpus.tokenizer import gpt2_tokenizer
 from hf_layouts import from_transformers
 from sample import generate_text
-from tokenizer import gpt2_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from corpus.tokenizer import gpt2_tokenizer
 from tests.exports import SHAPES, exported
 from tests.small_models import config_of, shaken
-from tokenizer import gpt2_tokenizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
@@ -22,7 +22,7 @@ def harness():
         return harness_class()
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "rotary", "llama", "modern untied"])
+@pytest.mark.parametrize("shape", ["gpt2", "rope", "llama", "modern untied"])
 def test_an_export_has_the_scores_of_its_model(shape, harness, real_data, tmp_path):
     sizes = {"block_size": 128, "vocab_size": 50257}
     model = shaken(config_of(**SHAPES[shape][1], **sizes))

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
+from corpus.tokenizer import END_OF_TEXT, CharTokenizer, gpt2_tokenizer
 from hf_tokenizer import check_vocabulary, merge_rules, tokenizer_files, vocabulary
 from tests.exports import exported, small
 from tests.small_models import config_of, shaken
 from tests.tiny import CHARACTERS
-from tokenizer import END_OF_TEXT, CharTokenizer, gpt2_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -76,7 +76,7 @@ def test_the_rules_are_those_that_openai_published():
     assert all(vocabulary()["".join(pair)] == 256 + i for i, pair in enumerate(rules))
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "rotary", "llama", "modern"])
+@pytest.mark.parametrize("shape", ["gpt2", "rope", "llama", "modern"])
 def test_every_architecture_opens_with_its_tokenizer(shape, tmp_path):
     model = shaken(config_of(**vars(small(shape).config) | {"vocab_size": 50257}))
     directory = exported(model, tmp_path / "out", gpt2_tokenizer())
@@ -88,7 +88,7 @@ def test_every_architecture_opens_with_its_tokenizer(shape, tmp_path):
     assert again(text)["input_ids"] == opened(text)["input_ids"]
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "rotary", "llama", "modern"])
+@pytest.mark.parametrize("shape", ["gpt2", "rope", "llama", "modern"])
 def test_characters_are_tokens(shape, tmp_path):
     ours = CharTokenizer.from_text("\n !',.3?abcdefgé日🙂")
     model = shaken(config_of(**vars(small(shape).config) | {"vocab_size": ours.vocab_size}))

@@ -12,9 +12,9 @@ import pytest
 import lambada
 from benchmark import WebFile
 from config import UserError
+from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
 from likelihood import Scores
 from tests.tiny import ALPHABET
-from tokenizer import CharTokenizer, gpt2_tokenizer
 
 PASSAGES = [
     'He took the stone.\n\n"Is it magic?" asked Harlin',

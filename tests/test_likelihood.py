@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
+from corpus.tokenizer import gpt2_tokenizer
 from likelihood import (
     encode_request,
     perplexity,
@@ -16,7 +17,6 @@ from likelihood import (
     text_request,
     windows,
 )
-from tokenizer import gpt2_tokenizer
 
 TOKENIZER = gpt2_tokenizer()
 

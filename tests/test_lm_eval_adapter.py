@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 import evaluate
 import lm_eval_adapter
 from config import UserError
+from corpus.tokenizer import END_OF_TEXT, CharTokenizer, gpt2_tokenizer
 from likelihood import encode_request, windows
 from lm_eval_adapter import as_language_model, load_tasks, run_harness, share_contexts
 from model import GPT
 from scoring import Scorer
 from tests.tiny import ALPHABET, ROOT, script
-from tokenizer import END_OF_TEXT, CharTokenizer, gpt2_tokenizer
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
@@ -130,17 +130,17 @@ def test_drawn_texts_differ_between_repeats_and_are_repeatable(ours):
 
 ANSWERS = """
 import json
-from distributed import join_world
+from training.distributed import init_distributed
 from tests.lm_eval_cases import CASES, asked_by_harness, instances, small_model
 
-with join_world("cpu") as world:
-    lm = asked_by_harness(small_model(), world)
+with init_distributed() as info:
+    lm = asked_by_harness(small_model(), info)
     found = [
         lm.loglikelihood(instances("loglikelihood", *CASES)),
         lm.loglikelihood_rolling(instances("loglikelihood_rolling", ("One two.",), ("Three",))),
         lm.generate_until(instances("generate_until", *[("A cat", {"max_gen_toks": 5})] * 3)),
     ]
-    if world.rank == 1:
+    if info.rank == 1:
         print(json.dumps(found))
 """
 
@@ -269,7 +269,7 @@ def test_the_command_prints_the_harness_table_and_keeps_its_results(
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     rows = spread(real_data / "hellaswag" / "hellaswag_val_raw_100.jsonl", 6)
     loaded = {"tasks": {"hellaswag": harness_task("hellaswag", "hellaswag", rows)}}
-    monkeypatch.setattr(lm_eval_adapter, "load_tasks", lambda names, world: loaded)
+    monkeypatch.setattr(lm_eval_adapter, "load_tasks", lambda names, info: loaded)
     words = [str(tmp_path / "model"), "--lm-eval", "hellaswag", "--limit", "3", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *words])
     evaluate.main()

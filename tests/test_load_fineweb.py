@@ -14,9 +14,9 @@ import pytest
 import chunks
 import preparation
 import workers
+from corpus.shards import TokenShards, read_manifest
+from corpus.tokenizer import gpt2_tokenizer
 from load_fineweb import prepare
-from manifests import read_manifest
-from shards import TokenStream
 from tests.conftest import ROOT
 from tests.corpora import (
     TEXTS,
@@ -30,7 +30,6 @@ from tests.corpora import (
     write_jsonl,
     write_parquet,
 )
-from tokenizer import gpt2_tokenizer
 from writer import ShardWriter
 
 # --- Mistakes ---
@@ -123,12 +122,12 @@ def test_a_finished_directory_loses_its_temporary_files(tmp_path):
     file, out = write_jsonl(tmp_path / "a.jsonl"), tmp_path / "out"
     prepare(str(file), out, shard_tokens=1000, quiet=True)
     before = contents(out)
-    for name in (".a_train_000003.npy.tmp", ".a_val_000000.npy.tmp", ".manifest.json.tmp"):
-        (out / name).write_bytes(b"half")
+    for name in ("a_train_000003.npy", "a_val_000000.npy", "manifest.json"):
+        (out / f".{name}.0123456789abcdef.tmp").write_bytes(b"half")
     # Somebody else's, who may be writing it.
-    (out / ".documents_train_0123456789ab.npy.tmp").write_bytes(b"index")
+    (out / ".a_train_000003.npy.tmp").write_bytes(b"mine")
     prepare(str(file), out, shard_tokens=1000, quiet=True)
-    assert contents(out) == {**before, ".documents_train_0123456789ab.npy.tmp": b"index"}
+    assert contents(out) == {**before, ".a_train_000003.npy.tmp": b"mine"}
 
 
 def test_a_mistake_before_the_first_shard_leaves_nothing(tmp_path):
@@ -184,12 +183,12 @@ def test_a_limit_past_the_end_takes_everything(tmp_path):
     assert np.array_equal(everything(tmp_path / "out"), tokens_of(TEXTS))
 
 
-def test_every_window_of_prepared_data_can_be_read(tmp_path):
+def test_every_sequence_of_prepared_data_can_be_read(tmp_path):
     file = write_parquet(tmp_path / "a.parquet")
     prepare(str(file), tmp_path / "out", shard_tokens=1000, quiet=True)
-    stream = TokenStream(tmp_path / "out", "train")
-    windows = stream.windows(np.arange(0, len(stream) - 64, 64), 65)
-    assert np.array_equal(windows[:, :-1].ravel(), tokens_of(TEXTS)[1000:][: windows[:, 1:].size])
+    shards = TokenShards(tmp_path / "out", "train")
+    found = shards.read(np.arange(0, len(shards) - 64, 64), 65)
+    assert np.array_equal(found[:, :-1].ravel(), tokens_of(TEXTS)[1000:][: found[:, 1:].size])
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +241,7 @@ def test_killed_and_run_again_gives_the_same_bytes(killed):
     process.communicate()
     assert group_is_gone(process.pid), "workers outlived their parent"
     assert not read_manifest(out).complete
-    (out / ".a_train_000009.npy.tmp").write_bytes(b"half a shard")
+    (out / ".a_train_000009.npy.0123456789abcdef.tmp").write_bytes(b"half a shard")
     result = run(*arguments, "--out", out)
     assert result.returncode == 0, result.stderr
     assert ", continuing after " in result.stdout
@@ -282,7 +281,8 @@ def test_a_second_preparation_of_the_same_directory_is_refused(killed):
     os.kill(process.pid, signal.SIGCONT)
     process.communicate(timeout=60)
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
-    assert f"Another process is writing to {out}" in result.stderr
+    assert f"Another process (process {process.pid} on " in result.stderr
+    assert f" is writing to {out}; wait for it to end" in result.stderr
     assert contents(out) == contents(base / "whole")
 
 

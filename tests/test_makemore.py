@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cross_entropy import IGNORED
+from loss import IGNORE_INDEX
 from makemore.bigram import Bigram
 from makemore.data import Data, batch_at, examples, load
 from makemore.diagnostics import probe
@@ -112,11 +112,11 @@ def test_naive_weights_begin_by_being_sure_of_what_is_wrong(rung, words):
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_what_is_not_ignored(words):
     idx, targets = batch_at(words, 16, 16, seed=1, step=1)
-    assert (targets == IGNORED).any()
+    assert (targets == IGNORE_INDEX).any()
     for rung in RUNGS:
         logits, loss = built(rung, words)(idx, targets)
         losses = -logits.log_softmax(2).gather(2, targets.clamp(min=0)[..., None])[..., 0]
-        assert float(loss) == pytest.approx(float(losses[targets != IGNORED].mean()), rel=1e-5)
+        assert float(loss) == pytest.approx(float(losses[targets != IGNORE_INDEX].mean()), rel=1e-5)
 
 
 def test_counting_and_following_the_gradient_find_the_same_table(words, tmp_path):
@@ -134,7 +134,7 @@ def test_counting_and_following_the_gradient_find_the_same_table(words, tmp_path
 
 def test_the_bigram_counts_each_pair_of_a_word_once():
     model = Bigram(3)
-    model.fit([(torch.tensor([[0, 1, 1, 0]]), torch.tensor([[1, 1, 0, IGNORED]]))])
+    model.fit([(torch.tensor([[0, 1, 1, 0]]), torch.tensor([[1, 1, 0, IGNORE_INDEX]]))])
     assert model.counts.tolist() == [[0, 1, 0], [1, 1, 0], [0, 0, 0]]
     torch.testing.assert_close(model.probabilities.sum(1), torch.ones(3))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import UserError
-from cross_entropy import IGNORED
+from loss import IGNORE_INDEX
 from makemore import data as module
 from makemore.data import batch_at, examples, load, text_words
 from makemore.rungs import settings_for
@@ -25,7 +25,7 @@ def refuses(source: Path | str, seed: int = 1, **options) -> str:
 
 
 def word_of(row: torch.Tensor, data: module.Data) -> str:
-    ids = row[row != IGNORED].tolist()
+    ids = row[row != IGNORE_INDEX].tolist()
     assert ids[0] == ids[-1] == 0
     return data.decode(ids[1:-1])
 
@@ -86,7 +86,7 @@ def test_targets_are_the_next_characters_and_the_boundary(tmp_path):
     again = batch_at(data, 9, 16, 5, 3)
     assert torch.equal(idx, again[0]) and torch.equal(targets, again[1])
     for inputs, wanted in zip(idx, targets, strict=True):
-        length = int((wanted != IGNORED).sum())
+        length = int((wanted != IGNORE_INDEX).sum())
         assert inputs[0] == 0 == wanted[length - 1]
         assert inputs[1:length].tolist() == wanted[: length - 1].tolist()
 
@@ -98,7 +98,7 @@ def test_every_character_of_a_text_is_measured_once(block_size, characters):
     data = module.Data("t", "text", "", ids, ids, ids, frozenset(), "")
     measured = []
     for idx, targets in examples(data, ids, 16, block_size, 10_000):
-        scored = targets != IGNORED
+        scored = targets != IGNORE_INDEX
         assert torch.equal(targets[scored], idx[scored] + 1)
         measured += targets[scored].tolist()
         # Nothing but the beginning is measured with less to see than there could be.

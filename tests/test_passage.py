@@ -12,15 +12,13 @@ import metrics
 import passage as passages
 import report
 import run_facts
-import train
 from config import UserError
-from config_file import to_json
-from distributed import World
+from corpus.shards import TokenShards
+from corpus.tokenizer import gpt2_tokenizer
 from sample import load
-from shards import TokenStream
+from tests.runs import run_training
 from tests.test_results import write_run
 from tests.tiny import make_data, tiny_config
-from tokenizer import gpt2_tokenizer
 
 
 def data_of(page: Path) -> dict:
@@ -39,15 +37,11 @@ def text_of(passage: dict) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The directory of a run of three updates on made-up words."""
+    """The directory of a run of three steps on made-up words."""
     folder = tmp_path_factory.mktemp("trained")
-    changes = {"updates": 3, "dropout": 0.5, "log_window_losses": True}
+    changes = {"steps": 3, "dropout": 0.5, "log_sequence_losses": True}
     config = tiny_config(make_data(folder / "data"), folder, **changes)
-    run = folder / "tiny"
-    run.mkdir()
-    (run / "config.json").write_text(to_json(config))
-    train.train(config, run, World(0, 1, torch.device("cpu")))
-    return run
+    return run_training(config)
 
 
 def test_a_passage_longer_than_the_context_is_scored_token_by_token(trained):
@@ -67,18 +61,19 @@ def test_a_passage_longer_than_the_context_is_scored_token_by_token(trained):
 
 def test_the_report_of_a_trained_run_shows_validation_text(trained):
     passage = passage_of(report.write_report(trained))
-    stream = TokenStream(run_facts.data_directory(metrics.read_run(trained))[0], "val")
+    shards = TokenShards(run_facts.data_directory(metrics.read_run(trained))[0], "val")
     assert passage["source"] == "the beginning of the validation split"
-    assert text_of(passage) == stream.tokenizer.decode(stream.read(1, 400))
+    assert text_of(passage) == shards.tokenizer.decode(shards.read(np.array([1]), 400)[0])
     assert text_of(passage_of(report.write_report(trained, "ran home"))) == "ran home"
 
 
 def test_the_losses_that_training_kept_are_ranked_with_their_text(trained):
-    windows = data_of(report.write_report(trained, loads_model=False))["windows"]
-    assert windows["reads"] == windows["windows"] == 24
-    stream = TokenStream(trained.parent / "data", "train")
-    for row in windows["rankings"][0]["highest"]:
-        assert row["text"] == stream.tokenizer.decode(stream.read(32 * row["window"], 32))
+    found = data_of(report.write_report(trained, loads_model=False))["sequences"]
+    assert found["reads"] == found["sequences"] == 24
+    shards = TokenShards(trained.parent / "data", "train")
+    for row in found["rankings"][0]["highest"]:
+        (tokens,) = shards.read(np.array([32 * row["sequence"]]), 32)
+        assert row["text"] == shards.tokenizer.decode(tokens)
 
 
 def test_a_passage_the_model_cannot_read_is_said_on_the_page(trained):

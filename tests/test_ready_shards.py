@@ -7,8 +7,8 @@ import pytest
 import hub
 import load_fineweb
 from config import UserError
+from corpus.shards import manifest_sha256
 from load_fineweb import prepare
-from manifests import manifest_digest
 from tests.fake_hub import FakeHub, installed
 from tests.tiny import make_data
 
@@ -26,7 +26,7 @@ def fake_hub(tmp_path, monkeypatch) -> FakeHub:
 def test_shards_of_a_repository_go_where_data_is_found_by_its_name(fake_hub, tmp_path, capsys):
     manifest = prepare(f"shards:{NAME}")
     assert manifest.complete
-    assert manifest_digest(tmp_path / "data" / "books") == manifest_digest(tmp_path / "mine")
+    assert manifest_sha256(tmp_path / "data" / "books") == manifest_sha256(tmp_path / "mine")
     assert re.search(r"data/books is complete: [\d,]+ training and", capsys.readouterr().out)
     # Again, it is recognized.
     assert prepare(f"shards:{NAME}", quiet=True) == manifest

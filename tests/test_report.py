@@ -16,19 +16,27 @@ import figures
 import metrics
 import report
 import run_facts
-import window_losses
 import window_ranking
-from config import Config, replace
-from config_file import to_json
-from logs import append_samples
+from config import Config, replace, to_json
+from corpus.shards import TokenShards
 from metrics import Points
-from rows import PaddedRows
-from shards import TokenStream
-from tests.conftest import ROOT
 from tests.test_results import run_results, write_run
-from tests.tiny import make_data
+from tests.tiny import ROOT, make_data
+from training.logger import Logger
 
 INJECTION = "</script><script>injected = 1</script><img src=x onerror='injected = 1'>\u2028"
+
+
+def append_samples(run: Path, step: int, prompts: list[str], texts: list[str]) -> None:
+    logger = Logger(run, Config(), 10**9)
+    logger.samples(step, prompts, texts)
+    logger.close()
+
+
+def append_losses(run: Path, step: int, indices: np.ndarray, losses: np.ndarray) -> None:
+    logger = Logger(run, Config(), 10**9)
+    logger.sequence_losses(step, indices, losses)
+    logger.close()
 
 
 def hostile_run(folder: Path) -> Path:
@@ -38,7 +46,7 @@ def hostile_run(folder: Path) -> Path:
     )
     append_samples(run, 0, ["One @@DATA@@"], [" sample."])
     append_samples(run, 4, ["The end"], [INJECTION])
-    (run / "environment.json").write_text(json.dumps({"command": INJECTION, "versions": {}}))
+    (run / "environment.jsonl").write_text(json.dumps({"command": INJECTION, "versions": {}}))
     return run
 
 
@@ -54,12 +62,12 @@ def passage() -> dict:
     return known | {"loss": 3.1875, "bits_per_byte": None, "pieces": pieces}
 
 
-def window_record(run: Path) -> None:
-    """Keep losses of ten windows at two updates: window 3 is hard, and 7 is easy."""
+def sequence_record(run: Path) -> None:
+    """Keep losses of ten sequences at two steps: sequence 3 is hard, and 7 is easy."""
     for step in (1, 2):
         losses = 6.0 - step + 0.01 * np.arange(10)
         losses[3], losses[7] = losses[3] + 2, losses[7] - 2
-        window_losses.append(run, step, np.arange(10), losses)
+        append_losses(run, step, np.arange(10), losses)
 
 
 def data_of(page: str) -> dict:
@@ -102,8 +110,8 @@ def test_the_page_lets_only_its_own_script_run():
     assert "default-src 'none'" in policy and re.search(r"script-src 'sha256-[\w+/]{43}='$", policy)
 
 
-def test_a_run_of_20_000_updates_stays_small(tmp_path):
-    path = write_run(tmp_path, evals=True, data="fineweb-edu", updates=20_000)
+def test_a_run_of_20_000_steps_stays_small(tmp_path):
+    path = write_run(tmp_path, evals=True, data="fineweb-edu", steps=20_000)
     rng, lines = np.random.default_rng(0), []
     for step in range(1, 20_001):
         loss = 3 + 8 * math.exp(-step / 500) + rng.normal(0, 0.05)
@@ -156,10 +164,10 @@ def test_scores_and_shares_are_told_apart(tmp_path):
     [
         {"metrics.jsonl": '{"kind": "val", "step": 0, "loss": 10.8}\n'},
         {"metrics.jsonl": '{"kind": "train", "step": 1, "loss": NaN, "lr": Infinity}\n'},
-        {"environment.json": "[1]", "evals.json": "{damaged", "samples.md": "no headings"},
+        {"environment.jsonl": "[1]", "evals.json": "{damaged", "samples.md": "no headings"},
         {"evals.json": '{"a": 1, "b": {"c": 2, "d": {"metrics": [3]}, "e": {"metrics": null}}}'},
         {"samples.md": "## Step 3\n\nodd **text** ...\n## Step 99999999999\n"},
-        {"window_losses.bin": "cut"},
+        {"sequence_losses.bin": "cut"},
     ],
 )
 def test_a_page_does_without_what_is_missing_or_odd(tmp_path, leave):
@@ -170,14 +178,15 @@ def test_a_page_does_without_what_is_missing_or_odd(tmp_path, leave):
 
 
 def test_remarks_say_how_a_run_stands(tmp_path):
-    path = write_run(tmp_path, updates=10)
+    path = write_run(tmp_path, steps=10)
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 5, "loss": NaN}\n')
-    (path / "environment.json").write_text('{"started_at_step": 2}')
+    starts = '{"started_at_step": 0}\n{"started_at_step": 2}\n{"started_'
+    (path / "environment.jsonl").write_text(starts)
     remarks = " ".join(run_facts.remarks(metrics.read_run(path)))
-    assert "1 training losses are not finite numbers, the first at update 5" in remarks
-    assert "at update 5 of 10: still running, or interrupted" in remarks
-    assert "continued at update 2" in remarks
+    assert "1 training losses are not finite numbers, the first at step 5" in remarks
+    assert "at step 5 of 10: still running, or interrupted" in remarks
+    assert "continued at step 2" in remarks
     assert run_facts.remarks(metrics.read_run(write_run(tmp_path, "whole"))) == []
 
 
@@ -216,37 +225,33 @@ def test_settings_name_what_differs_from_the_recipe():
     assert "optim.beta1" not in changed
 
 
-def test_windows_are_ranked_by_what_is_left_when_the_update_is_taken_off(tmp_path):
+def test_sequences_are_ranked_by_what_is_left_when_the_step_is_taken_off(tmp_path):
     path = write_run(tmp_path, data="elsewhere")
-    window_record(path)
-    # Read once, early, and of no more than that update's loss.
-    window_losses.append(path, 3, np.array([42]), np.array([9.0], dtype=np.float32))
-    ranked = window_ranking.rank_windows(metrics.read_run(path), None)
-    assert (ranked["reads"], ranked["windows"]) == (21, 11)
+    sequence_record(path)
+    # Read once, early, and of no more than that step's loss.
+    append_losses(path, 3, np.array([42]), np.array([9.0], dtype=np.float32))
+    ranked = window_ranking.rank_sequences(metrics.read_run(path), None)
+    assert (ranked["reads"], ranked["sequences"]) == (21, 11)
     excess, loss = ranked["rankings"]
-    assert excess["highest"][0]["window"] == 3 and excess["lowest"][0]["window"] == 7
-    assert loss["highest"][0]["window"] == 42
+    assert excess["highest"][0]["sequence"] == 3 and excess["lowest"][0]["sequence"] == 7
+    assert loss["highest"][0]["sequence"] == 42
     row = excess["highest"][0]
     assert (row["reads"], row["first"], row["last"]) == (2, 7.03, 6.03)
     assert row["loss"] == 6.53 and row["text"] == ""
     assert sum(excess["histogram"]["counts"]) == 11
-    assert page_of(path)["windows"]["missing"].startswith("The data is not here")
+    assert page_of(path)["sequences"]["missing"].startswith("The data is not here")
 
 
-@pytest.mark.parametrize("rows", ["packed", "padded"])
-def test_windows_show_how_their_text_begins(tmp_path, rows):
-    stream = TokenStream(make_data(tmp_path / "data"), "train")
+def test_sequences_show_how_their_text_begins(tmp_path):
+    shards = TokenShards(make_data(tmp_path / "data"), "train")
     path = write_run(tmp_path)
-    changes = {"model.block_size": 96, "train.tokens_per_update": 960, "train.rows": rows}
+    changes = {"model.block_size": 96, "train.batch_tokens": 960}
     config = replace(metrics.read_run(path).config, changes)
     (path / "config.json").write_text(to_json(config))
     run = metrics.read_run(path)
-    begins = window_ranking.beginnings(run, stream, np.array([1, 10**9]))
-    tokens = stream.read(96, 64)
-    if rows == "padded":
-        windows, held = PaddedRows(stream, 96).read(np.array([1]))
-        tokens = windows[0][held[0]][:-1][:64]
-    assert begins == [stream.tokenizer.decode(tokens), ""]
+    begins = window_ranking.beginnings(run, shards, np.array([1, 10**9]))
+    (tokens,) = shards.read(np.array([96]), 64)
+    assert begins == [shards.tokenizer.decode(tokens), ""]
 
 
 def test_the_command_line_writes_pages_without_torch(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 import metrics
 import report
-from tests.test_report import hostile_run, passage, window_record, write_run
+from tests.test_report import hostile_run, passage, sequence_record, write_run
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -70,7 +70,7 @@ def found(request, tmp_path_factory) -> dict:
     """What came of reading the report of a run whose every text would like to be HTML."""
     folder = tmp_path_factory.mktemp(request.param)
     path = hostile_run(folder)
-    window_record(path)
+    sequence_record(path)
     page = report.single(metrics.read_run(path)) | {"passage": passage()}
     return opened(report.render(page), SIZES[request.param], folder) | {
         "name": path.name,
@@ -92,10 +92,10 @@ def test_texts_of_a_run_stay_texts(found):
 
 
 def test_a_pointer_or_a_finger_shows_the_values(found):
-    assert "validation loss" in found["hover"] and found["hover"].startswith("update 2,")
+    assert "validation loss" in found["hover"] and found["hover"].startswith("step 2,")
     assert found["tipInside"] and found["crosshairs"] == found["charts"]
     assert found["afterLeaving"] and "training loss" in found["tap"]
-    assert found["readByKey"].startswith("update ")
+    assert found["readByKey"].startswith("step ")
 
 
 def test_dragging_zooms_and_a_double_click_shows_all(found):
@@ -105,7 +105,7 @@ def test_dragging_zooms_and_a_double_click_shows_all(found):
 
 
 def test_axes_switch(found):
-    assert found["labels"][-1] == "updates"
+    assert found["labels"][-1] == "steps"
     assert found["tokens"][-1] == "tokens" and "2M" in found["tokens"]
     assert found["time"][-1] == "training time, s" and "20" in found["time"]
     assert found["logarithmic"] != found["linear"]

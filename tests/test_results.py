@@ -13,26 +13,25 @@ import numpy as np
 import pytest
 
 import config
-import config_file
 import figures
-import logs
 import metrics
 import results
 from config import Config, UserError
-from tests.conftest import ROOT
+from tests.tiny import ROOT
+from utils import load_config
 
 PUBLISHED = "OpenAI GPT-2 124M"
 
 
 def write_run(
-    runs_dir: Path, name: str = "small", data: str = "pydocs", evals: bool = False, updates: int = 4
+    runs_dir: Path, name: str = "small", data: str = "pydocs", evals: bool = False, steps: int = 4
 ) -> Path:
-    """Write a run of four updates, in which update k takes 9 seconds and has loss 10 - k."""
+    """Write a run of four steps, in which step k takes 9 seconds and has loss 10 - k."""
     run = runs_dir / name
     run.mkdir(parents=True)
-    changes = {"name": name, "data": data, "train.updates": updates, "train.micro_batch": 1}
+    changes = {"name": name, "data": data, "train.steps": steps, "train.micro_batch_size": 1}
     resolved = config.replace(Config(), changes)
-    (run / "config.json").write_text(config_file.to_json(resolved))
+    (run / "config.json").write_text(config.to_json(resolved))
     lines = []
     for step in range(5):
         at = {"step": step, "tokens": step * 524288}
@@ -40,7 +39,7 @@ def write_run(
             train = {"loss": 10.0 - step, "lr": 6e-4, "grad_norm": 1.5, "mfu": None}
             clock = {"tokens_per_second": 58254.2, "seconds": 9.0 * step}
             lines.append({"kind": "train", **at, **train, **clock})
-        # Neither the least validation loss nor the best score is the last one, or the first.
+        # Neither the best validation loss nor the best score is the last one, or the first.
         if step in (0, 3, 4):
             loss = {0: 10.8, 3: 6.25, 4: 6.5}[step]
             lines.append({"kind": "val", **at, "loss": loss, "bits_per_byte": loss / 4})
@@ -83,12 +82,12 @@ def test_table_values(tmp_path):
         "recipe": "gpt2",
         "size": "124m",
         "data": "pydocs",
-        "updates": "4 of 4",
+        "steps": "4 of 4",
         "tokens": "2.1M",
-        "least train loss (one update)": "6.0000 at 4",
-        "least val loss": "6.2500 at 3",
+        "best train loss (one step)": "6.0000 at 4",
+        "best val loss": "6.2500 at 3",
         "last val loss": "6.5000",
-        "least bits per byte": "1.5625 at 3",
+        "best bits per byte": "1.5625 at 3",
         "best hellaswag acc_norm": "29.00 ± 0.46 %",
         "best wikitext perplexity": "86.00",
         "training hours": "0.01",
@@ -113,15 +112,15 @@ def test_a_diverged_run_says_so(tmp_path):
     run = metrics.read_run(path)
     (row,) = cells(results.table([run]))
     assert row["last val loss"] == "nan"
-    assert row["least val loss"] == "6.2500 at 3"
+    assert row["best val loss"] == "6.2500 at 3"
     figures.draw([run])
 
 
 def test_length_in_epochs_or_tokens(tmp_path):
-    path = write_run(tmp_path, updates=None)
+    path = write_run(tmp_path, steps=None)
     assert metrics.read_run(path).progress == "4 of 18,849"
-    changed = config.replace(logs.read_config(path), {"train.epochs": 2.0})
-    (path / "config.json").write_text(config_file.to_json(changed))
+    changed = config.replace(load_config(path), {"train.epochs": 2.0})
+    (path / "config.json").write_text(config.to_json(changed))
     assert metrics.read_run(path).progress == "4 (2 epochs)"
 
 
@@ -245,7 +244,7 @@ def test_a_run_that_has_only_begun_is_drawn(tmp_path):
     (path / "metrics.jsonl").write_text('{"kind": "val", "step": 0, "loss": 10.8}\n')
     run = metrics.read_run(path)
     figures.draw([run])
-    assert cells(results.table([run]))[0]["updates"] == "0 of 4"
+    assert cells(results.table([run]))[0]["steps"] == "0 of 4"
 
 
 def test_smoothing_keeps_the_start_and_the_mean():

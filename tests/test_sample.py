@@ -7,17 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import sample
-from command_line import run_script
-from config import Config, TrainConfig, UserError
-from config_file import to_json
-from decoder import Decoder
-from devices import pick_dtype
+from config import Config, TrainConfig, UserError, to_json
+from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
 from model import GPT
-from sample import Options, continuations
+from sample import Options, continuations, for_sampling
 from tests.talking_model import CONFIG, tiny_model
-from tokenizer import CharTokenizer, gpt2_tokenizer
+from training import checkpoint
+from training.distributed import pick_dtype
+from utils import run_script
 
 ALPHABET = "".join(chr(ord("!") + i) for i in range(48)) + "ß"
 
@@ -33,6 +31,16 @@ def test_a_continuation_does_not_depend_on_the_other_prompts(model):
     assert continuations(model, tokenizer, ["BCD"], 20, 1) == texts[1:2]
     assert continuations(model, tokenizer, ["BCD"], 20, 2) != texts[1:2]
     assert all(texts)
+
+
+def test_a_stop_cuts_every_continuation_that_is_left(model):
+    tokenizer, left = CharTokenizer(ALPHABET), iter(range(30))
+    (whole, cut, none) = continuations(
+        model, tokenizer, ["A", "B", "C"], 20, 1, stop=lambda: next(left, None) is None
+    )
+    free = continuations(model, tokenizer, ["A", "B", "C"], 20, 1)
+    assert (len(free[0]), len(free[1])) == (20, 20)
+    assert (whole, cut, none) == (free[0], free[1][:10], "")
 
 
 def test_documents_begin_with_eot_where_training_did():
@@ -70,7 +78,7 @@ def run(tmp_path_factory) -> Path:
     """A run directory of the character model, with checkpoints of steps 1 and 2."""
     directory = tmp_path_factory.mktemp("runs") / "little"
     directory.mkdir()
-    config = Config(name="little", model=CONFIG, train=TrainConfig(tokens_per_update=64))
+    config = Config(name="little", model=CONFIG, train=TrainConfig(batch_tokens=64))
     (directory / "config.json").write_text(to_json(config))
     state = {"tokenizer": {"name": "char", "alphabet": ALPHABET}}
     older = tiny_model()
@@ -116,20 +124,21 @@ def test_what_is_no_model_is_one_sentence(run, tmp_path):
 
 def test_command_streams_one_sample(run, model, monkeypatch, capsys):
     command_line(monkeypatch, str(run), "--prompt", "ABC", "--max-tokens", "12", "--seed", "8")
-    decoder = Decoder(model, pick_dtype("auto", torch.device("cpu")))
-    expected = continuations(decoder, CharTokenizer(ALPHABET), ["ABC"], 12, 8)[0]
+    cast = for_sampling(model, pick_dtype("auto", torch.device("cpu")))
+    expected = continuations(cast, CharTokenizer(ALPHABET), ["ABC"], 12, 8)[0]
     assert capsys.readouterr().out == f"ABC{expected}\n"
     assert len(expected) > 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_command_computes_in_the_dtype_it_is_given(run, model, monkeypatch, capsys, dtype):
-    made, init = [], Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", lambda *args: made.append(args[2]) or init(*args))
-    command_line(monkeypatch, str(run), "--prompt", "A", "--max-tokens", "6", "--dtype", dtype)
-    expected = continuations(
-        Decoder(model, getattr(torch, dtype)), CharTokenizer(ALPHABET), ["A"], 6, 1337
+    made = []
+    monkeypatch.setattr(
+        sample, "for_sampling", lambda *args: made.extend(args[1:]) or for_sampling(*args)
     )
+    command_line(monkeypatch, str(run), "--prompt", "A", "--max-tokens", "6", "--dtype", dtype)
+    cast = for_sampling(model, getattr(torch, dtype))
+    expected = continuations(cast, CharTokenizer(ALPHABET), ["A"], 6, 1337)
     assert capsys.readouterr().out == f"A{expected[0]}\n"
     assert made[0] == getattr(torch, dtype)
 
@@ -165,8 +174,9 @@ def test_command_says_when_it_cuts_a_long_prompt(run, monkeypatch, capsys):
     ("arguments", "sentence"),
     [
         (["--prompt", ""], "--prompt is empty"),
-        (["--prompt", "A\udcff"], "--prompt is not UTF-8"),
+        (["--prompt", "A\udcff"], "not UTF-8"),
         (["--prompt", "A", "--n", "0"], "--n must"),
+        (["--prompt", "A", "--n", "1000000000"], "--n must"),
         (["--prompt", "A", "--max-tokens", "0"], "--max-tokens must"),
         (["--prompt", "A", "--temperature", "-1"], "--temperature must"),
         (["--prompt", "A", "--temperature", "nan"], "--temperature must"),
@@ -174,7 +184,6 @@ def test_command_says_when_it_cuts_a_long_prompt(run, monkeypatch, capsys):
         (["--prompt", "A", "--top-k", "0"], "--top-k must"),
         (["--prompt", "A", "--top-p", "0"], "--top-p must"),
         (["--prompt", "A", "--top-p", "1.5"], "--top-p must"),
-        (["--prompt", "A", "--topk", "3"], "did you mean --top-k?"),
         (["--prompt", "é"], "'é' is not in this model's alphabet"),
     ],
 )
@@ -188,11 +197,12 @@ def test_command_refuses_in_one_sentence(run, monkeypatch, capsys, arguments, se
     assert captured.err.count("\n") == 1
 
 
-def test_standard_input_that_is_not_utf8_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
-    with pytest.raises(UserError, match="not UTF-8"):
-        sample.read_prompt("-")
+def test_standard_input_that_is_not_utf8_is_read_as_what_it_may_be(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A\xff")))
+    with pytest.raises(SystemExit):
+        command_line(monkeypatch, str(run), "--prompt", "-")
+    assert "is not in this model's alphabet" in capsys.readouterr().err
 
 
 def test_option_defaults_are_valid():
-    sample.check_options(Options(source="gpt2", prompt="A"))
+    assert Options(source="gpt2", prompt="A").top_k == 50

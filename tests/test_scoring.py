@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from config import ModelConfig, UserError
-from distributed import World
 from likelihood import Request, Scores
 from model import GPT
 from packing import plan
 from scoring import Scorer, sight
 from tests.tiny import ROOT
+from training.distributed import DistInfo
 
 VOCAB, CONTEXT = 300, 64
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistInfo(0, 0, 1, torch.device("cpu"))
 
 
 def small_model(**changes) -> GPT:
@@ -279,16 +279,16 @@ import json, sys
 import torch
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
-from distributed import join_world
+from training.distributed import init_distributed
 from packing import plan
 from scoring import Scorer
 from tests.test_scoring import CONTEXT, VOCAB, mixed_requests, small_model
 
-with join_world("cpu") as world:
+with init_distributed() as info:
     laid_out = plan(mixed_requests(), CONTEXT, 256, VOCAB)
-    found = Scorer(small_model(), world, torch.float32).score(laid_out)
+    found = Scorer(small_model(), info, torch.float32).score(laid_out)
     lines = [[s.logprobs.tolist(), s.greedy.tolist(), s.tokens.tolist()] for s in found]
-    with open(f"{{sys.argv[1]}}-{{world.rank}}.json", "w") as file:
+    with open(f"{{sys.argv[1]}}-{{info.rank}}.json", "w") as file:
         json.dump(lines, file)
 """
 
@@ -305,6 +305,64 @@ def test_world_size_does_not_matter(tmp_path, size):
     expected = [[s.logprobs.tolist(), s.greedy.tolist(), s.tokens.tolist()] for s in alone]
     for rank in range(size):
         assert json.loads((tmp_path / f"found-{rank}.json").read_text()) == expected
+
+
+# Rank 1 fails, then rank 0 is asked to stop; after both, all ranks still score together.
+FAILING = """
+import json, sys
+import torch
+sys.path.insert(0, {root!r})
+torch.set_num_threads(1)
+from training.distributed import init_distributed
+from packing import plan
+from scoring import Scorer
+from tests.test_scoring import CONTEXT, VOCAB, mixed_requests, small_model
+
+with init_distributed() as info:
+    def fails(done, scores):
+        if info.rank == 1:
+            raise ValueError("a bad example\\nand more")
+        return False
+
+    laid_out = plan(mixed_requests(), CONTEXT, 256, VOCAB)
+    scorer = Scorer(small_model(), info, torch.float32)
+    found = []
+    try:
+        scorer.score(laid_out, on_progress=fails)
+    except RuntimeError as error:
+        found.append(str(error))
+    found.append(scorer.score(laid_out, on_progress=lambda done, scores: info.rank == 0))
+    found.append(len(scorer.score(laid_out)))
+    with open(f"{{sys.argv[1]}}-{{info.rank}}.json", "w") as file:
+        json.dump(found, file)
+"""
+
+
+def test_what_fails_or_stops_on_one_rank_does_on_all(tmp_path):
+    (tmp_path / "worker.py").write_text(FAILING.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", "worker.py", "found"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    for rank, why in enumerate(("on another process", "ValueError: a bad example")):
+        found = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        assert found == [f"scoring failed ({why})", None, len(mixed_requests())]
+
+
+def test_without_a_working_compiler_scoring_goes_on_eagerly(monkeypatch, capsys):
+    def broken(function, dynamic):
+        def fails(*args, **kwargs):
+            raise RuntimeError("no compiler\nlong story")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, requests = small_model(), mixed_requests(4)
+    laid_out = plan(requests, CONTEXT, 512, VOCAB)
+    found = Scorer(model, ALONE, torch.float32, "on").score(laid_out)
+    said = capsys.readouterr().out
+    assert said == "torch.compile failed (no compiler): scoring goes on without it.\n"
+    assert_same(found, score(model, requests), 1e-4)
 
 
 @pytest.mark.slow

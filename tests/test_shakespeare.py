@@ -7,13 +7,12 @@ import pytest
 
 import sources
 from config import UserError
+from corpus.shards import TokenShards, read_manifest
+from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
 from fineweb import FineWebEdu
-from manifests import read_manifest
 from shakespeare.shakespeare import prepare
-from shards import TokenStream
 from tests.corpora import contents
 from tests.tiny import script
-from tokenizer import CharTokenizer, gpt2_tokenizer
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n" * 9
 
@@ -33,8 +32,8 @@ def letters(count: int) -> str:
 
 
 def stream(directory, split: str) -> list[int]:
-    found = TokenStream(directory, split)
-    return found.read(0, len(found)).tolist()
+    found = TokenShards(directory, split)
+    return found.read([0], len(found))[0].tolist()
 
 
 def refuses(*arguments, **options) -> str:
@@ -57,8 +56,8 @@ def test_the_first_nine_tenths_train_and_the_rest_validates(work, tokenizer):
         f"shakespeare-{tokenizer}_val_000000.npy",
         f"shakespeare-{tokenizer}_train_000001.npy",
     }
-    windows = FineWebEdu(out, "train", 16)
-    assert windows[0][0].tolist() == stream(out, "train")[:16]
+    sequences = FineWebEdu(out, "train", 16)
+    assert sequences[0][0].tolist() == stream(out, "train")[:16]
 
 
 def test_the_alphabet_is_that_of_the_whole_text(work):
@@ -67,7 +66,7 @@ def test_the_alphabet_is_that_of_the_whole_text(work):
     manifest = prepare("mine.txt", quiet=True)
     assert (manifest.alphabet, manifest.vocab_size) == ("abü", 4)
     assert manifest.name == "mine-char"
-    codec = TokenStream("data/mine-char", "val").tokenizer
+    codec = TokenShards("data/mine-char", "val").tokenizer
     assert codec.decode(stream("data/mine-char", "val")) == "<|endoftext|>" + "ab" * 5 + "ü"
 
 
@@ -129,7 +128,7 @@ def test_the_complete_works_are_fetched_beside_the_short_text(work, monkeypatch)
     monkeypatch.setattr(sources, "download", fetch)
     prepare("large", quiet=True)
     assert Path("data/shakespeare/large.txt").exists()
-    assert TokenStream("data/shakespeare-large-char", "train").vocab_size == len(set(TEXT)) + 1
+    assert TokenShards("data/shakespeare-large-char", "train").vocab_size == len(set(TEXT)) + 1
 
 
 def test_it_runs_as_a_script_from_anywhere(work):
@@ -140,7 +139,7 @@ def test_it_runs_as_a_script_from_anywhere(work):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: There is no file none.txt") and "\n" in result.stderr
     result = script("shakespeare/shakespeare.py", "--tokenizer", "words", cwd=work)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
 
 
 def test_the_real_one(real_data, tmp_path):

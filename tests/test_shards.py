@@ -1,22 +1,25 @@
 """The on-disk format, its writer and its reader."""
 
+import dataclasses
+import hashlib
 import os
 import pickle
 import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
-from manifests import (
+from corpus.shards import (
     MANIFEST,
+    TokenShards,
     find_data,
-    manifest_digest,
+    manifest_sha256,
     read_manifest,
+    write_manifest,
 )
-from shards import TokenStream
 from tests.corpora import contents
 from tests.small_shards import EOT, FIRST, TOKENIZER, document, new_manifest, refuses, write
 from writer import ShardWriter
@@ -50,11 +53,11 @@ def test_the_bytes_are_what_numpy_writes(tmp_path):
 def test_tokens_that_fill_the_shards_exactly(tmp_path):
     manifest = write(tmp_path, [[document(8, 1)], [document(9, 2)], [document(10, 3)]])
     assert [shard.tokens for shard in manifest.shards] == [10, 10, 10]
-    stream = TokenStream(tmp_path, "train")
-    assert len(stream.read(0, 20)) == 20
-    assert len(stream.read(20, 0)) == 0
+    shards = TokenShards(tmp_path, "train")
+    assert shards.read([0], 20).shape == (1, 20)
+    assert shards.read([20], 0).shape == (1, 0)
     with pytest.raises(IndexError):
-        stream.read(0, 21)
+        shards.read([0], 21)
 
 
 def test_one_full_shard_is_a_small_corpus(tmp_path):
@@ -82,7 +85,7 @@ def test_a_tenth_is_held_out_by_default(tmp_path):
 def test_the_end_of_a_single_document_is_held_out(tmp_path):
     manifest = write(tmp_path, [[document(49)]], shard_tokens=1000)
     assert (manifest.tokens("val"), manifest.tokens("train")) == (5, 45)
-    assert TokenStream(tmp_path, "train").read(0, 1)[0] == EOT
+    assert TokenShards(tmp_path, "train").read([0], 1).item() == EOT
 
 
 def test_nothing_to_write_and_nothing_to_train_on(tmp_path):
@@ -113,13 +116,12 @@ def test_a_writer_continues_after_its_last_complete_shard(tmp_path_factory, cut)
 
 
 @pytest.fixture(scope="module")
-def stream(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("stream")
+def shards(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("shards")
     write(directory, [[document(30, 1), document(23, 2)]])
-    return TokenStream(directory, "train")
+    return TokenShards(directory, "train")
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6), data=st.data())
 def test_reading_equals_slicing_the_concatenation(tmp_path_factory, lengths, data):
     directory = tmp_path_factory.mktemp("cuts")
@@ -127,83 +129,63 @@ def test_reading_equals_slicing_the_concatenation(tmp_path_factory, lengths, dat
     cuts = np.split(everything, np.cumsum(lengths)[:-1])
     for number, part in enumerate(cuts):
         np.save(directory / f"x_train_{number}.npy", part)
-    stream, total = TokenStream(directory, "train"), len(everything)
-    assert len(stream) == total
+    shards, total = TokenShards(directory, "train"), len(everything)
+    assert len(shards) == total and shards.bounds.tolist() == [0, *np.cumsum(lengths)]
+    assert all(np.array_equal(shards.shard(i), part) for i, part in enumerate(cuts))
     count = data.draw(st.integers(0, total))
-    start = data.draw(st.integers(0, total - count))
-    assert np.array_equal(stream.read(start, count), everything[start : start + count])
     starts = data.draw(st.lists(st.integers(0, total - count), max_size=5))
-    expected = [everything[s : s + count] for s in starts]
-    windows = stream.windows(np.array(starts, dtype=np.int64), count)
-    assert windows.shape == (len(starts), count) and windows.dtype == np.uint16
-    assert windows.tolist() == [row.tolist() for row in expected]
+    found = shards.read(starts, count)
+    assert found.shape == (len(starts), count) and found.dtype == np.uint16
+    assert found.tolist() == [everything[s : s + count].tolist() for s in starts]
 
 
-def test_reading_past_either_end_is_an_error(stream):
-    for start, count in ((-1, 2), (44, 2), (46, 0)):
+def test_reading_past_either_end_is_an_error(shards):
+    for start, count in ((-1, 2), (44, 2), (46, 0), (3, -1)):
         with pytest.raises(IndexError):
-            stream.read(start, count)
+            shards.read([0, start], count)
 
 
-def test_a_pickled_stream_carries_no_data(tmp_path):
+def test_maps_cannot_be_written(shards):
+    with pytest.raises(ValueError, match="read-only"):
+        shards.shard(0)[0] = 1
+
+
+def test_pickled_shards_carry_no_data(tmp_path):
     write(tmp_path, [[document(90_000)]], shard_tokens=40_000)
-    stream = TokenStream(tmp_path, "train")
-    stream.read(0, 50_000)
-    packed = pickle.dumps(stream)
-    assert len(packed) < 5_000
-    assert np.array_equal(pickle.loads(packed).read(0, 50_000), stream.read(0, 50_000))
+    shards = TokenShards(tmp_path, "train")
+    expected = shards.read([0], 50_000)
+    packed = pickle.dumps(shards)
+    assert len(packed) < 500
+    assert np.array_equal(pickle.loads(packed).read([0], 50_000), expected)
 
 
-def test_a_stream_brings_its_tokenizer(stream):
-    assert stream.vocab_size == 11
-    assert stream.tokenizer.alphabet == TOKENIZER.alphabet
+def test_shards_bring_their_tokenizer(shards):
+    assert shards.vocab_size == 11
+    assert shards.tokenizer.alphabet == TOKENIZER.alphabet
 
 
-def test_a_shard_that_shrinks_or_goes_while_in_use(tmp_path):
+def test_a_shard_that_shrinks_or_goes_before_it_is_first_read(tmp_path):
     write(tmp_path, [[document(34)]])
-    stream = TokenStream(tmp_path, "train")
+    shards = TokenShards(tmp_path, "train")
     os.truncate(tmp_path / FIRST, 140)
-    assert len(stream.read(0, 6)) == 6
-    with pytest.raises(UserError, match=f"{FIRST} was truncated while in use"):
-        stream.read(0, 10)
+    with pytest.raises(UserError, match=f"{FIRST} cannot be read"):
+        shards.read([0], 6)
     (tmp_path / "tiny_train_000002.npy").unlink()
-    with pytest.raises(UserError, match=r"tiny_train_000002.npy cannot be read \(No such file"):
-        stream.read(10, 3)
-
-
-def test_an_error_of_the_disk_is_a_sentence(stream, monkeypatch):
-    def fails(*args):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr("os.preadv", fails)
-    with pytest.raises(UserError, match=r"\.npy cannot be read \(Input/output error\)"):
-        stream.read(0, 3)
-
-
-def test_reading_without_preadv(stream, monkeypatch):
-    expected = stream.read(0, 45)
-    monkeypatch.delattr("os.preadv")
-    again = pickle.loads(pickle.dumps(stream))
-    assert np.array_equal(again.read(0, 45), expected)
-
-
-def test_short_reads_are_continued(stream, monkeypatch):
-    expected, whole = stream.read(0, 45), os.preadv
-    monkeypatch.setattr("os.preadv", lambda fd, buffers, at: whole(fd, [buffers[0][:3]], at))
-    assert np.array_equal(stream.read(0, 45), expected)
+    with pytest.raises(UserError, match=r"tiny_train_000002.npy cannot be read"):
+        shards.read([10], 3)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
-def test_many_files_threads_and_a_fork_share_a_stream(tmp_path, monkeypatch):
-    monkeypatch.setattr("shards.OPEN_FILES", 3)
+def test_many_files_threads_and_a_fork_share_the_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("corpus.shards.OPEN_SHARDS", 3)
     write(tmp_path, [[document(299, n)] for n in range(2)])
-    stream = TokenStream(tmp_path, "train")
-    expected = stream.read(0, len(stream))
     before, wrong = len(os.listdir("/proc/self/fd")), []
+    shards = TokenShards(tmp_path, "train")
+    expected = shards.read([0], len(shards))[0]
 
     def read(seed: int) -> None:
-        starts = np.random.default_rng(seed).integers(0, len(stream) - 15, 400)
-        found = stream.windows(starts, 15)
+        starts = np.random.default_rng(seed).integers(0, len(shards) - 15, 400)
+        found = shards.read(starts, 15)
         if not np.array_equal(found, np.stack([expected[s : s + 15] for s in starts])):
             wrong.append(seed)
 
@@ -219,10 +201,6 @@ def test_many_files_threads_and_a_fork_share_a_stream(tmp_path, monkeypatch):
         read(9)
         os._exit(len(wrong))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    stream.close()
-    assert len(os.listdir("/proc/self/fd")) <= before - 3
-    read(5)
-    assert not wrong
 
 
 def test_an_empty_directory_and_no_directory(tmp_path):
@@ -238,10 +216,27 @@ def test_the_seeds_directories_are_read_as_they_are(tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", tokens[20:35])
     np.save(tmp_path / "embeddings.npy", np.zeros(3))
     # In the order of their names, not of the directory listing.
-    assert TokenStream(tmp_path, "train").read(0, 30).tolist() == list(range(20, 50))
-    assert TokenStream(tmp_path, "val").read(0, 20).tolist() == list(range(20))
-    assert TokenStream(tmp_path, "val").tokenizer.name == "gpt2"
-    assert manifest_digest(tmp_path) is None
+    assert TokenShards(tmp_path, "train").read([0], 30).tolist() == [list(range(20, 50))]
+    assert TokenShards(tmp_path, "val").read([0], 20).tolist() == [list(range(20))]
+    assert TokenShards(tmp_path, "val").tokenizer.name == "gpt2"
+
+
+def test_the_digest_of_a_directory_tells_its_data_from_other_data(tmp_path):
+    np.save(tmp_path / "x_train_1.npy", np.arange(50, dtype=np.uint16))
+    foreign = manifest_sha256(tmp_path)
+    np.save(tmp_path / "x_train_1.npy", np.arange(51, dtype=np.uint16))
+    assert manifest_sha256(tmp_path) not in (foreign, None)
+    manifest = write(tmp_path / "mine", [[document(34)]])
+    content = (tmp_path / "mine" / MANIFEST).read_bytes()
+    assert manifest_sha256(tmp_path / "mine") == hashlib.sha256(content).hexdigest()
+    write_manifest(tmp_path / "mine", dataclasses.replace(manifest, source={"kind": "other"}))
+    assert manifest_sha256(tmp_path / "mine") != hashlib.sha256(content).hexdigest()
+
+
+def test_an_index_of_documents_that_lies_there_is_no_shard(tmp_path):
+    np.save(tmp_path / "x_train_1.npy", np.arange(50, dtype=np.uint16))
+    np.save(tmp_path / "documents_train_0123456789ab.npy", np.arange(9))
+    assert len(TokenShards(tmp_path, "train")) == 50
 
 
 def test_llmc_bin_files_are_read_as_they_are(tmp_path):
@@ -249,14 +244,14 @@ def test_llmc_bin_files_are_read_as_they_are(tmp_path):
     header[:3] = 20240520, 1, 9
     tokens = np.arange(9, dtype="<u2")
     (tmp_path / "fineweb_train_000001.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    assert TokenStream(tmp_path, "train").read(0, 9).tolist() == list(range(9))
+    assert TokenShards(tmp_path, "train").read([0], 9).tolist() == [list(range(9))]
     for changes, words in (
         ({0: 1}, "no llm.c header"),
         ({1: 2}, "no llm.c header"),
         ({0: 20240801, 1: 7}, "another tokenizer"),
-        ({2: -1}, "announces -1 tokens"),
-        ({2: 8}, "is padded"),
-        ({2: 10}, "is truncated"),
+        ({2: -1}, "no llm.c header"),
+        ({2: 8}, "padded: 2 bytes too many"),
+        ({2: 10}, "truncated: 2 bytes too few"),
     ):
         other = header.copy()
         other[list(changes)] = list(changes.values())

@@ -19,9 +19,9 @@ import chunks
 import pydocs
 import sources
 from config import UserError
+from corpus.shards import TokenShards, read_manifest
+from corpus.tokenizer import gpt2_tokenizer
 from load_fineweb import prepare
-from manifests import read_manifest
-from shards import TokenStream
 from tests.corpora import (
     TEXTS,
     everything,
@@ -31,7 +31,6 @@ from tests.corpora import (
     write_jsonl,
     write_parquet,
 )
-from tokenizer import gpt2_tokenizer
 from workers import tokenize
 
 # --- Files ---
@@ -318,8 +317,8 @@ def test_shakespeare_is_the_text_that_lies_there(tmp_path, monkeypatch):
     (tmp_path / "data" / "shakespeare" / "tiny.txt").write_text(text)
     prepare("shakespeare", quiet=True)
     # In the folder of the text, which is no obstacle and stays.
-    found = TokenStream("data/shakespeare", "train"), TokenStream("data/shakespeare", "val")
-    tokens = np.concatenate([stream.read(0, len(stream)) for stream in found])
+    found = TokenShards("data/shakespeare", "train"), TokenShards("data/shakespeare", "val")
+    tokens = np.concatenate([shards.read([0], len(shards))[0] for shards in found])
     assert np.array_equal(tokens, tokens_of([text]))
     assert (tmp_path / "data" / "shakespeare" / "tiny.txt").read_text() == text
 

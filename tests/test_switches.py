@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checks import validate
-from config import Config, ModelConfig, UserError
-from counts import parameter_count
-from model import GPT, MLP, build_norm, rotated, rotation_of, same_document
+from config import ModelConfig, UserError
+from corpus.tokenizer import gpt2_tokenizer
+from model import GPT, MLP, apply_rope, build_norm, rope_cos_sin, same_document
 from tests.small_models import (
     CONTEXT,
     EOT,
@@ -23,16 +22,15 @@ from tests.small_models import (
     shaken,
 )
 from tests.tiny import CHARACTERS
-from tokenizer import gpt2_tokenizer
 
-LLAMA = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
+LLAMA = {"pos_emb": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
 
 
 @pytest.mark.parametrize(
-    ("positions", "norm", "activation", "bias", "document_mask"),
+    ("pos_emb", "norm", "activation", "bias", "document_mask"),
     list(
         itertools.product(
-            ("learned", "rotary"),
+            ("learned", "rope"),
             ("layernorm", "rmsnorm"),
             ("gelu", "swiglu", "relu2"),
             (True, False),
@@ -40,20 +38,13 @@ LLAMA = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias
         )
     ),
 )
-def test_all_combinations_are_sound(positions, norm, activation, bias, document_mask):
-    model = shaken(
-        config_of(
-            positions=positions,
-            norm=norm,
-            activation=activation,
-            bias=bias,
-            document_mask=document_mask,
-        )
-    )
+def test_all_combinations_are_sound(pos_emb, norm, activation, bias, document_mask):
+    parts = {"norm": norm, "activation": activation, "bias": bias, "document_mask": document_mask}
+    model = shaken(config_of(pos_emb=pos_emb, **parts))
     assert_sound(model)
     names = [name for name, _ in model.named_parameters()]
     assert any(name.endswith("bias") for name in names) == bias
-    assert any(name.startswith("wpe") for name in names) == (positions == "learned")
+    assert any(name.startswith("wpe") for name in names) == (pos_emb == "learned")
     assert ("ln_f.bias" in names) == (bias and norm == "layernorm")
     assert ("h.0.mlp.c_gate.weight" in names) == (activation == "swiglu")
 
@@ -93,38 +84,6 @@ def test_without_switches_it_is_gpt2_bit_for_bit():
     assert names == expected | {"wte.weight", "wpe.weight"}
 
 
-def plain_rotation(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Turn every pair of channels of heads (n_head, T, size) by itself, in float64."""
-    size, turned = x.size(-1), x.double().clone()
-    for t, position in enumerate(positions.tolist()):
-        for i in range(size // 2):
-            angle = position / 10_000 ** (2 * i / size)
-            matrix = torch.tensor(
-                [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-            ).double()
-            pair = [i, i + size // 2]
-            turned[:, t, pair] = x[:, t, pair].double() @ matrix.T
-    return turned
-
-
-def test_rotation_is_a_small_matrix_for_every_pair_of_channels():
-    torch.manual_seed(0)
-    x, positions = torch.randn(2, 3, 7, 8), torch.tensor([0, 1, 2, 3, 100, 101, 1023])
-    found = rotated(x, rotation_of(positions, 8))
-    for row in range(2):
-        plain = plain_rotation(x[row], positions)
-        assert largest_difference(found[row].double(), plain) < 1e-3
-        # Angles of a thousand have three digits less in float32.
-        assert largest_difference(found[row, :, :4].double(), plain[:, :4]) < 1e-6
-    # Rows may have places of their own.
-    rows = torch.stack([positions, positions + 5])
-    each = rotated(x, rotation_of(rows, 8))
-    assert torch.equal(each[0], found[0])
-    assert torch.equal(each[1], rotated(x, rotation_of(positions + 5, 8))[1])
-    half = rotated(x.bfloat16(), rotation_of(positions, 8))
-    assert half.dtype == torch.bfloat16 and largest_difference(half.float(), found) < 0.03
-
-
 def test_rotation_is_that_of_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     torch.manual_seed(0)
@@ -132,18 +91,24 @@ def test_rotation_is_that_of_transformers():
     angles = positions[:, None] * 10_000 ** -(torch.arange(0, 8, 2) / 8)
     twice = torch.cat([angles, angles], -1)[None]
     theirs = llama.apply_rotary_pos_emb(q, k, twice.cos(), twice.sin())
-    rotation = rotation_of(positions, 8)
-    torch.testing.assert_close((rotated(q, rotation), rotated(k, rotation)), theirs)
+    rope = rope_cos_sin(positions, 8)
+    torch.testing.assert_close((apply_rope(q, rope), apply_rope(k, rope)), theirs)
+    half = apply_rope(q.bfloat16(), rope)
+    assert half.dtype == torch.bfloat16 and largest_difference(half.float(), theirs[0]) < 0.03
+    # Rows may have positions of their own.
+    rows = apply_rope(q, rope_cos_sin(torch.stack([positions, positions + 5]), 8))
+    assert torch.equal(rows[0], apply_rope(q, rope)[0])
+    assert torch.equal(rows[1], apply_rope(q, rope_cos_sin(positions + 5, 8))[1])
 
 
 @torch.no_grad()
-def test_only_distances_count_with_rotary_positions():
+def test_only_distances_count_with_rope():
     idx, positions = random_ids(2, CONTEXT), torch.arange(CONTEXT).expand(2, -1)
     mask = torch.full((1, 1, CONTEXT, CONTEXT), -torch.inf).triu(1)
-    model = shaken(config_of(positions="rotary"))
-    here = model.packed_hidden(idx, positions, mask)
-    assert largest_difference(here, model.packed_hidden(idx, positions + 5, mask)) < 1e-5
-    assert largest_difference(here, model.packed_hidden(idx, 2 * positions, mask)) > 1e-2
+    model = shaken(config_of(pos_emb="rope"))
+    here = model.hidden(idx, positions=positions, mask=mask)
+    assert largest_difference(here, model.hidden(idx, positions=positions + 5, mask=mask)) < 1e-5
+    assert largest_difference(here, model.hidden(idx, positions=2 * positions, mask=mask)) > 1e-2
 
 
 @torch.no_grad()
@@ -190,7 +155,7 @@ def test_swiglu_has_as_many_parameters(n_embd, hidden):
         for activation in ("gelu", "swiglu")
     )
     assert (plain.mlp_width, gated.mlp_width) == (4 * n_embd, hidden)
-    assert abs(parameter_count(gated) / parameter_count(plain) - 1) < 0.01
+    assert abs(gated.num_params / plain.num_params - 1) < 0.01
 
 
 @torch.no_grad()
@@ -232,9 +197,9 @@ def test_llama_is_four_switches():
 
 
 @torch.no_grad()
-def test_gpt_neox_is_rotary_positions_alone():
+def test_gpt_neox_is_rope_alone():
     transformers = pytest.importorskip("transformers")
-    ours = shaken(config_of(positions="rotary"))
+    ours = shaken(config_of(pos_emb="rope"))
     config = transformers.GPTNeoXConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -282,9 +247,9 @@ def test_mask_of_two_documents():
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["gpt2", "modern"])
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_a_masked_document_knows_nothing_of_those_before_it(positions, architecture):
-    parts = {"positions": positions, "architecture": architecture, "bias": architecture == "gpt2"}
+@pytest.mark.parametrize("pos_emb", ["learned", "rope"])
+def test_a_masked_document_knows_nothing_of_those_before_it(pos_emb, architecture):
+    parts = {"pos_emb": pos_emb, "architecture": architecture, "bias": architecture == "gpt2"}
     masked = shaken(config_of(**parts, document_mask=True))
     plain = shaken(config_of(**parts))
     idx = random_ids(3, CONTEXT, eots=(4, 9))
@@ -293,10 +258,10 @@ def test_a_masked_document_knows_nothing_of_those_before_it(positions, architect
         for seen, document in ((slice(0, 4), slice(4, 16)), (slice(5, 9), slice(9, 16))):
             after = model(changed(idx, seen))[0]
             assert (largest_difference(after[:, document], before[:, document]) > 1e-3) == knows
-    # Only distances count with rotary positions: it is as if the document stood alone.
+    # Only distances count with RoPE: it is as if the document stood alone.
     alone = plain(idx[:, 9:])[0]
     difference = largest_difference(masked(idx)[0][:, 9:], alone)
-    assert difference < 1e-5 if positions == "rotary" else difference > 1e-3
+    assert difference < 1e-5 if pos_emb == "rope" else difference > 1e-3
 
 
 @torch.no_grad()
@@ -308,22 +273,22 @@ def test_a_document_mask_without_documents_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "naming"),
     [
-        ({"qk_norm": True}, "model.qk_norm is a part of the architecture modern"),
-        ({"zero_init": True}, "model.zero_init is a part of the architecture modern"),
-        ({"x0_shortcut": True}, "model.x0_shortcut is a part of the architecture modern"),
-        ({"value_residual": True}, "model.value_residual is a part of the architecture modern"),
-        ({"softcap": 15.0}, "model.softcap is a part of the architecture modern"),
-        ({"softcap": -1.0}, "model.softcap must not be negative"),
-        ({"softcap": math.nan}, "model.softcap must not be negative"),
-        ({"tied": False}, "only the architecture modern takes --model.no-tied"),
-        ({"architecture": "modern"}, "has no biases; add --model.no-bias"),
-        ({"n_embd": 12, "n_head": 4, "positions": "rotary"}, "heads of 3 are odd"),
+        ({"qk_norm": True}, "model.qk_norm"),
+        ({"zero_init_proj": True}, "model.zero_init_proj"),
+        ({"x0_residual": True}, "model.x0_residual"),
+        ({"value_residual": True}, "model.value_residual"),
+        ({"logit_softcap": 15.0}, "model.logit_softcap"),
+        ({"logit_softcap": -1.0}, "model.logit_softcap"),
+        ({"logit_softcap": math.nan}, "model.logit_softcap"),
+        ({"tie_embeddings": False}, "--model.architecture modern"),
+        ({"architecture": "modern"}, "--model.no-bias"),
+        ({"n_embd": 12, "n_head": 4, "pos_emb": "rope"}, "model.pos_emb rope"),
     ],
 )
-def test_parts_that_do_not_go_together_are_refused_in_a_sentence(changes, sentence):
+def test_parts_that_do_not_go_together_are_refused_in_a_sentence(changes, naming):
     with pytest.raises(UserError) as error:
-        validate(Config(model=ModelConfig(**changes)))
+        ModelConfig(**changes)
     text = str(error.value)
-    assert sentence in text and "\n" not in text and text.endswith(".")
+    assert naming in text and "\n" not in text and text.endswith(".")

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
-import tokenizer
 from config import UserError
-from tokenizer import (
+from corpus.tokenizer import (
     RANK_FILE,
     WHITESPACE,
     CharTokenizer,
@@ -143,4 +142,4 @@ def test_a_manifest_names_its_tokenizer():
 
 def test_the_bundled_file_is_what_the_tokenizer_reads():
     assert RANK_FILE.parent.name == "assets"
-    assert len(read_ranks(tokenizer.RANK_FILE)) == 50256
+    assert len(read_ranks(RANK_FILE)) == 50256

@@ -2,26 +2,24 @@
 
 import importlib.machinery
 import json
+import os
 import shutil
 import struct
+import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
 import pytest
-import torch
 
-import checkpoint
-import logs
-import trackers
-from config import Config, UserError, identity_digest, replace
-from distributed import World
-from tests.tiny import make_data, tiny_config, wait_for
-from trackers import check_trackers, close_trackers, open_trackers, replay, send, values_of
-from train import train
+from config import Config, UserError, replace
+from tests.runs import go_on
+from tests.tiny import ROOT, make_data, tiny_config, wait_for
+from training import checkpoint
+from training.logger import Logger, create_run
+from training.trackers import check_trackers, run_id, tracker_values
 
-ALONE = World(0, 1, torch.device("cpu"))
 LINES = [
     {"kind": "val", "step": 0, "tokens": 0, "loss": 5.5, "bits_per_byte": 1.75},
     {"kind": "train", "step": 1, "tokens": 64, "loss": 5.25, "lr": 0.5, "mfu": None},
@@ -36,19 +34,26 @@ LINES = [
 def run(tmp_path) -> Path:
     """The directory of a run without any metrics yet."""
     run = tmp_path / "runs" / "tiny"
-    logs.create_run(run, Config(name="tiny"))
+    create_run(run, Config(name="tiny"))
     return run
 
 
-def train_on(run: Path, lines: list[dict], step: int = 0, names=("tensorboard",)) -> list[str]:
-    """Do with the record what a training does; returns what is told."""
-    told = []
-    opened = open_trackers(names, run, logs.read_config(run), step, told.append)
+def train_on(run: Path, lines: list[dict], step: int = 0, names=("tensorboard",)) -> Config:
+    """Do with the record what a training does that begins at `step`; returns its config."""
+    config = replace(Config(name="tiny"), {"train.trackers": tuple(names)})
+    if (run / "tensorboard").exists():
+        next_second()
+    logger = Logger(run, config, step)
     for line in lines:
-        logs.append_metrics(run, line)
-        send(opened, line)
-    close_trackers(opened)
-    return told
+        logger.log(line)
+    logger.close()
+    return config
+
+
+def next_second() -> None:
+    """Wait for the clock: TensorBoard reads files in the order of the seconds in their names."""
+    second = int(time.time())
+    wait_for(lambda: int(time.time()) > second)
 
 
 def recorded(run: Path) -> dict[str, list[tuple]]:
@@ -56,7 +61,7 @@ def recorded(run: Path) -> dict[str, list[tuple]]:
     points = {}
     for text in (run / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
-        for name, value in values_of(line).items():
+        for name, value in tracker_values(line).items():
             points.setdefault(name, []).append((line["step"], pytest.approx(value, rel=1e-6)))
     return points
 
@@ -111,69 +116,71 @@ def fake_wandb(monkeypatch) -> types.ModuleType:
 
 
 def test_values_are_named_by_kind_and_task():
-    assert values_of(LINES[0]) == {"tokens": 0, "val/loss": 5.5, "val/bits_per_byte": 1.75}
-    assert values_of(LINES[1]) == {"tokens": 64, "train/loss": 5.25, "train/lr": 0.5}
+    assert tracker_values(LINES[0]) == {"tokens": 0, "val/loss": 5.5, "val/bits_per_byte": 1.75}
+    assert tracker_values(LINES[1]) == {"tokens": 64, "train/loss": 5.25, "train/lr": 0.5}
     expected = {"tokens": 128, "eval/lambada/examples": 9, "eval/lambada/accuracy": 0.5}
-    assert values_of(LINES[4]) == expected
+    assert tracker_values(LINES[4]) == expected
 
 
-def test_tensorboard_shows_the_record(run):
-    pytest.importorskip("tensorboard")
-    assert train_on(run, LINES) == []
-    assert shown(run) == recorded(run)
-    assert shown(run)["train/loss"] == [(1, 5.25), (2, 4.5), (3, 4.0)]
-
-
-@pytest.mark.parametrize("measured", [True, False])
-def test_a_run_that_goes_back_shows_no_point_twice(run, measured):
+def test_tensorboard_shows_the_record(run, capfd):
     pytest.importorskip("tensorboard")
     train_on(run, LINES)
-    logs.rewind(run, 2, measured)
-    again = [{**line, "loss": 1.0} for line in LINES[5 if measured else 3 :]]
-    train_on(run, again, step=2)
     assert shown(run) == recorded(run)
-    assert shown(run)["train/loss"] == [(1, 5.25), (2, 4.5), (3, 1.0)]
+    assert shown(run)["train/loss"] == [(1, 5.25), (2, 4.5), (3, 4.0)]
+    assert "left out" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_run_that_goes_back_shows_no_point_twice(run, step):
+    pytest.importorskip("tensorboard")
+    train_on(run, LINES)
+    again = [{**line, "loss": 1.0} for line in LINES if line["step"] > step]
+    train_on(run, again, step)
+    assert shown(run) == recorded(run)
+    assert shown(run)["train/loss"][-1] == (3, 1.0)
 
 
 def test_a_tracker_that_comes_later_has_the_beginning_too(run):
     pytest.importorskip("tensorboard")
-    train_on(run, LINES[:4], names=())
-    train_on(run, LINES[4:], step=2)
+    train_on(run, LINES[:5], names=())
+    train_on(run, LINES[5:], step=2)
     assert shown(run) == recorded(run)
 
 
-def test_a_replay_shows_what_training_showed(run, tmp_path, capsys):
+def test_what_tensorboard_was_sent_is_there_once_it_is_synced(run):
     pytest.importorskip("tensorboard")
-    train_on(run, LINES)
-    live = shown(run)
-    replay(run, ("tensorboard",))
-    assert shown(run) == live
-    train_on(run, [])
-    (run / "tensorboard").rename(tmp_path / "elsewhere")
-    replay(run, ("tensorboard",))
-    assert shown(run) == live
-    assert "6 lines sent to tensorboard" in capsys.readouterr().out
+    logger = Logger(run, replace(Config(name="tiny"), {"train.trackers": ("tensorboard",)}), 0)
+    logger.log(LINES[1])
+    logger.sync()
+    assert shown(run) == recorded(run)
+    logger.close()
 
 
-def test_wandb_is_given_a_run_of_its_own_for_good(run, fake_wandb, monkeypatch):
+def test_wandb_is_given_a_run_of_its_own_for_good(run, fake_wandb, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    told = train_on(run, LINES, names=("wandb",))
-    assert told == ["Weights & Biases: https://wandb.example/run"]
+    config = train_on(run, LINES, names=("wandb",))
+    assert capsys.readouterr().err == "Weights & Biases: https://wandb.example/run\n"
     (session,) = fake_wandb.sessions
-    assert session.rows == [(line["step"], values_of(line)) for line in LINES]
+    assert session.rows == [(line["step"], tracker_values(line)) for line in LINES]
     assert session.finished
     settings = session.settings
     assert (settings["project"], settings["resume"]) == ("mine", "allow")
-    assert settings["id"] == f"tiny-{identity_digest(logs.read_config(run))}"
+    assert settings["id"] == run_id(run, config) and settings["id"].startswith("tiny-")
     assert settings["dir"] == str(run) and settings["config"]["optim.lr"] == 6e-4
+
+
+def test_the_id_changes_with_what_makes_a_run_another_one(run):
+    config = Config(name="tiny")
+    same = replace(config, {"train.device": "cpu", "train.micro_batch_size": 2})
+    assert run_id(run, same) == run_id(run, config)
+    for changes in ({"optim.lr": 1.0}, {"model.n_layer": 3}, {"train.seed": 3}, {"data": "else"}):
+        assert run_id(run, replace(config, changes)) != run_id(run, config)
 
 
 def test_wandb_is_not_sent_again_what_it_has(run, fake_wandb, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     train_on(run, LINES, names=("wandb",))
-    (run / "wandb").mkdir()
-    logs.rewind(run, 2)
     # As wandb says of a run that it knows up to step 3.
     fake_wandb.first_step = 4
     train_on(run, [LINES[5], {**LINES[5], "step": 4}], step=2, names=("wandb",))
@@ -182,18 +189,22 @@ def test_wandb_is_not_sent_again_what_it_has(run, fake_wandb, monkeypatch):
     assert [step for step, _ in second.rows] == [4]
 
 
-def test_without_an_account_wandb_is_left_out_and_asks_nothing(run, fake_wandb, monkeypatch):
+def test_without_an_account_wandb_is_left_out_and_asks_nothing(
+    run, fake_wandb, monkeypatch, capsys
+):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     fake_wandb.key = False
-    (line,) = train_on(run, LINES, names=("wandb",))
+    train_on(run, LINES, names=("wandb",))
+    (line,) = capsys.readouterr().err.splitlines()
     assert "wandb login" in line and "WANDB_MODE=offline" in line
     assert fake_wandb.sessions == []
 
 
-def test_wandb_offline_keeps_the_record_for_later(run, monkeypatch):
+def test_wandb_offline_keeps_the_record_for_later(run, monkeypatch, capfd):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert train_on(run, LINES, names=("wandb",)) == []
+    train_on(run, LINES, names=("wandb",))
+    assert capfd.readouterr() == ("", "")
     (path,) = run.glob("wandb/offline-run-*/run-tiny-*.wandb")
     rows = [
         {
@@ -207,13 +218,43 @@ def test_wandb_offline_keeps_the_record_for_later(run, monkeypatch):
     assert [row["_step"] for row in rows] == [0, 1, 2, 3]
     assert [row.get("train/loss") for row in rows] == [None, 5.25, 4.5, 4.0]
     assert rows[2]["val/loss"] == 4.25 and rows[2]["eval/lambada/accuracy"] == 0.5
-    # A run that goes on adds only what is new. Directories are named by the second, which tests
-    # are too fast for.
+    # A run that goes on begins with the step it stands at. Directories are named by the second,
+    # which tests are too fast for.
     path.parent.rename(run / "wandb" / "first")
     train_on(run, [{**LINES[5], "step": 4}], step=3, names=("wandb",))
     (path,) = run.glob("wandb/offline-run-*/run-tiny-*.wandb")
     steps = [record.history.step.num for record in wandb_records(path)]
-    assert [step for step in steps if step] == [4]
+    assert [step for step in steps if step] == [3, 4]
+
+
+@pytest.mark.slow
+def test_trackio_keeps_one_curve_of_a_run_that_goes_on(run, tmp_path):
+    """In processes of their own, as it reads its settings when it is imported."""
+    pytest.importorskip("trackio")
+    program = (
+        "import json, sys\nfrom pathlib import Path\nfrom tests.test_trackers import train_on\n"
+        "train_on(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), ('trackio',))"
+    )
+    read = (
+        "import json, sys\nfrom trackio import SQLiteStorage as s\n"
+        "(name,) = s.get_runs('gpt2')\nprint(name)\nprint(json.dumps(s.get_logs('gpt2', name)))"
+    )
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+
+    def python(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+
+    first = python(program, str(run), json.dumps(LINES), "0")
+    assert first.stdout == "" and len(first.stderr.splitlines()) == 1
+    again = [LINES[5], {**LINES[5], "step": 4, "loss": 3.0}]
+    python(program, str(run), json.dumps(again), "2")
+    name, logs = python(read).stdout.splitlines()
+    assert name.startswith("tiny-")
+    losses = [(x["step"], x["train/loss"]) for x in json.loads(logs) if "train/loss" in x]
+    assert losses == [(1, 5.25), (2, 4.5), (3, 4.0), (4, 3.0)]
 
 
 def wandb_records(path: Path) -> list:
@@ -252,10 +293,8 @@ def data(tmp_path_factory) -> Path:
 
 def trained(config: Config) -> list[dict]:
     """Return what a training records, without what the clock says."""
+    go_on(config)
     run = Path(config.train.runs_dir) / config.name
-    if not run.exists():
-        logs.create_run(run, config)
-    train(config, run, ALONE, checkpoint.newest(run))
     lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         for name in ("seconds", "tokens_per_second"):
@@ -277,8 +316,8 @@ def test_training_does_not_notice_what_becomes_of_a_tracker(
     config = tiny_config(data, tmp_path, sample_tokens=0, trackers=("wandb",))
     assert trained(config) == untracked
     (session,) = fake_wandb.sessions
-    output = "".join(capsys.readouterr())
-    said = [line for line in output.splitlines() if "wandb is left out" in line]
+    errors = capsys.readouterr().err
+    said = [line for line in errors.splitlines() if "wandb is left out" in line]
     assert len(said) == (1 if fails else 0)
     if fails:
         assert f"no network at {next(iter(fails))}" in said[0]
@@ -289,21 +328,23 @@ def test_training_does_not_notice_what_becomes_of_a_tracker(
 def test_training_and_resuming_are_shown_as_they_are_recorded(data, tmp_path, untracked):
     pytest.importorskip("tensorboard")
     config = tiny_config(data, tmp_path, sample_tokens=0, trackers=("tensorboard",))
-    trained(replace(config, {"train.stop_at": 6}))
-    # As after a kill: updates 5 and 6 are made again.
+    trained(replace(config, {"train.stop_at_step": 6}))
+    # As after a kill: steps 5 and 6 are made again.
     shutil.rmtree(checkpoint.newest(tmp_path / "tiny"))
+    next_second()
     assert trained(config) == untracked
     assert shown(tmp_path / "tiny") == recorded(tmp_path / "tiny")
 
 
-def test_a_tracker_that_hangs_holds_nobody_up(run, monkeypatch):
-    monkeypatch.setitem(trackers.OPENERS, "tensorboard", lambda *_: time.sleep(60))
-    told, started = [], time.perf_counter()
-    opened = open_trackers(("tensorboard",), run, Config(), 0, told.append)
-    send(opened, LINES[1])
-    close_trackers(opened, seconds=0.1)
-    assert time.perf_counter() - started < 5
-    assert len(told) == 1 and "not done after 0.1 seconds" in told[0]
+def test_what_a_tracker_raises_may_be_anything(run, fake_wandb, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for error in (SystemExit(3), RecursionError(), RuntimeError("\x1b[31mred\n" * 99)):
+        monkeypatch.setattr(
+            fake_wandb, "init", lambda error=error, **_: (_ for _ in ()).throw(error)
+        )
+        train_on(run, LINES[:1], names=("wandb",))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "wandb is left out" in line and line.isprintable()
 
 
 def test_a_package_that_is_absent_is_one_sentence(monkeypatch):
@@ -311,17 +352,3 @@ def test_a_package_that_is_absent_is_one_sentence(monkeypatch):
     with pytest.raises(UserError, match="wandb is not installed; `pip install wandb` brings it"):
         check_trackers(("wandb",))
     check_trackers(())
-
-
-def test_a_replay_that_fails_says_so(run, fake_wandb, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    for line in LINES:
-        logs.append_metrics(run, line)
-    fake_wandb.fails = {"log": 1}
-    with pytest.raises(UserError, match=r"wandb did not take the record .*\(no network at log\)"):
-        replay(run, ("wandb",))
-
-
-def test_a_replay_without_a_record_is_one_sentence(run):
-    with pytest.raises(UserError, match="no metrics yet"):
-        replay(run, ("tensorboard",))

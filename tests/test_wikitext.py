@@ -9,8 +9,8 @@ import pytest
 
 import wikitext
 from config import UserError
+from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
 from likelihood import Scores
-from tokenizer import CharTokenizer, gpt2_tokenizer
 
 TEXT = (
     ' \n = First Article = \n \n It is 3 @.@ 5 km from " here " , he said . \n \n = = Part = = \n'

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import writer
 from config import UserError
+from corpus.shards import Manifest
+from corpus.tokenizer import CharTokenizer
 from left_out import LeftOut
-from manifests import Manifest
-from tokenizer import CharTokenizer
 from writer import ShardWriter
 
 TOKENIZER = CharTokenizer("abcdéfg€ij")
