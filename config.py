@@ -56,7 +56,7 @@ class ModelConfig:
     zero_init_proj: bool = False  # Modern: projections onto the residual stream start at zero.
     x0_residual: bool = False  # Modern: blocks read a learned mixture of stream and embedding.
     value_residual: bool = False  # Modern: values are learned mixtures with the first block's.
-    logit_softcap: Amount = 0.0  # Modern: tanh keeps logits within plus and minus this; 0 is off.
+    logit_softcap: Amount = 0.0  # Modern: logits bent to stay within plus and minus this; 0 is off.
     tie_embeddings: bool = True  # The output head is the token embedding; optional in modern.
 
     def __post_init__(self) -> None:

@@ -22,14 +22,9 @@ import tyro
 import config as c
 import recipes
 from config import Config, UserError, replace
-from corpus.shards import find_data, read_manifest
 from training import setup
 from training.setup import PYDOCS, complete_config, plan, resume_command, with_micro_batch
 from utils import check_name, find_run, load_config, locked, parse, printable, run_script
-
-# Of a model, what its weights do not depend on, and what a recipe leaves to the size.
-FREE = ("dropout", "attention_dropout", "document_mask", "zero_init_proj")
-SIZED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 # What is typed is checked over the recipe's values, not over the defaults: no checks before that.
@@ -135,45 +130,20 @@ def _continue(words: list[str] | None, args: Args, run: Path) -> Job:
 def new_config(words: list[str] | None, args: Args) -> Config:
     """Return the config of a run that begins, without what only its data can tell."""
     base = recipes.build(args.recipe or "gpt2", args.size or None)
-    base = _with_shape_of_source(args, base) if args.init_from else base
+    if args.init_from:
+        from sample import load
+
+        found = load(args.init_from, args.train.runs_dir)[0].config
+        base = setup.with_shape_of(args.init_from, found, base, bool(args.size))
     name = f"{base.recipe}-{base.size}"
     name += f"-from-{Path(args.init_from).name}" if args.init_from else ""
     config = _override(words, args, replace(base, {"name": args.name or name}))
-    for key, value in vars(base.model).items() if args.init_from else ():
-        asked = getattr(config.model, key)
-        fewer = key == "block_size" and (asked <= value or config.model.pos_emb == "rope")
-        if asked != value and key not in FREE and not fewer:
-            source = f"{args.init_from}, which has {value}"
-            raise UserError(f"model.{key} {asked} does not fit {source}; leave it out.")
+    if args.init_from:
+        setup.check_shape(config, base.model)
     if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", config.name):
         plain = "is not 1 to 100 letters, digits, dots, dashes and underscores"
         raise UserError(f"--name {config.name} {plain}; --train.runs-dir says where it lies.")
     return config
-
-
-def _with_shape_of_source(args: Args, base: Config) -> Config:
-    """Return a recipe's config with the shape of the model that --init-from names.
-
-    Without --size, batch, budget and intervals are those of the largest size that is not larger.
-    """
-    from sample import load
-
-    found, default = load(args.init_from, args.train.runs_dir)[0].config, c.ModelConfig()
-    if not args.size:
-        same_ids = {"model.vocab_size": found.vocab_size}
-        models = {size: replace(recipes.build("gpt2", size), same_ids) for size in recipes.SIZES}
-        counts = sorted((config.model.num_params, size) for size, config in models.items())
-        fitting = [size for count, size in counts if count <= found.num_params]
-        base = recipes.build(base.recipe, fitting[-1] if fitting else counts[0][1])
-    for name, value in vars(found).items():
-        asked = getattr(base.model, name)
-        if name not in (*FREE, *SIZED) and asked not in (value, getattr(default, name)):
-            other = f"model.{name} {asked}, but {args.init_from} has {value}"
-            raise UserError(f"{base.recipe} has {other}; choose a recipe that leaves it as it is.")
-    kept = {name: getattr(base.model, name) for name in FREE}
-    whole = max(base.train.batch_tokens // found.block_size, 1) * found.block_size
-    changes = {"model": dataclasses.replace(found, **kept), "train.batch_tokens": whole}
-    return replace(base, {**changes, "init_from": args.init_from})
 
 
 def _override(words: list[str] | None, args: Args, base: Config) -> Config:
@@ -195,17 +165,19 @@ def _override(words: list[str] | None, args: Args, base: Config) -> Config:
 
 def launch(job: Job, info: Any) -> tuple[Config, int, bool]:
     """Train with the other ranks; return the config, and the step reached and whether it is it."""
+    from sample import load
     from train import train
     from training import checkpoint, distributed
     from training.distributed import on_rank0
     from training.logger import create_run
 
-    config, run = job.config, job.run
+    config, run, runs_dir = job.config, job.run, job.config.train.runs_dir
     distributed.set_timeout(config.train.timeout)
     info = distributed.choose_device(info, config.train.device)
     on_rank0(lambda: setup.prepare_data(config.data, job.verifies))
     if not job.resumes:
-        on_rank0(lambda: _check_tokenizer(job.config) if config.init_from else None)
+        if config.init_from:
+            on_rank0(lambda: setup.check_tokenizer(config, load(config.init_from, runs_dir)[1]))
         config = on_rank0(lambda: complete_config(job.config))
     # How a step is divided belongs to this start, not to the run: config.json does not fix it.
     divided = with_micro_batch(config, info.world_size, info.device.type)
@@ -223,19 +195,6 @@ def launch(job: Job, info: Any) -> tuple[Config, int, bool]:
         dtype = str(distributed.pick_dtype(config.train.dtype, info.device)).removeprefix("torch.")
         distributed.print0(setup.summary(divided, run, info, dtype))
         return config, *train(divided, run, info, found, tries_micro_batch)
-
-
-def _check_tokenizer(config: Config) -> None:
-    """Raise UserError unless the data's ids mean what they mean to the model begun with."""
-    from sample import load
-
-    ours = read_manifest(find_data(config.data))
-    theirs = load(config.init_from, config.train.runs_dir)[1]
-    if (ours.tokenizer, ours.alphabet) != (theirs.name, getattr(theirs, "alphabet", None)):
-        raise UserError(
-            f"{config.data} has the ids of another tokenizer ({ours.tokenizer}) than "
-            f"{config.init_from} ({theirs.name}); prepare the data with that tokenizer."
-        )
 
 
 def conclude(config: Config, run: Path, step: int, complete: bool) -> None:

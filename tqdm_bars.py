@@ -1,7 +1,6 @@
 """Progress bars: for training, for preparing data, and for evaluation."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 
@@ -20,8 +19,7 @@ class DownloadBar(tqdm):
     """Bytes fetched of a file, whose size may be unknown (None); seen only if it takes a while."""
 
     def __init__(self, desc: str, total: int | None, disable: bool = False):
-        named = {"unit": "B", "unit_scale": True, "delay": 0.5, "dynamic_ncols": True}
-        super().__init__(None, desc, total, leave=False, disable=disable, **named)
+        super().__init__(None, desc, total, False, disable=disable, unit="B", unit_scale=1, delay=1)
 
     def place(self, done: int, total: int | None) -> None:
         """Count on from `done` bytes of `total`, as when a download starts or starts over."""
@@ -32,8 +30,7 @@ class EvaluationBar(tqdm):
     """Examples or tokens scored, a second too; disappears when done."""
 
     def __init__(self, desc: str, total: int, unit: str, disable: bool = False):
-        scale = {"unit": unit, "unit_scale": unit == "tok", "dynamic_ncols": True}
-        super().__init__(None, desc, total, leave=False, disable=disable, **scale)
+        super().__init__(None, desc, total, False, disable=disable, unit=unit, dynamic_ncols=True)
 
 
 class TrainingBar(tqdm):
@@ -89,5 +86,5 @@ class TrainingBar(tqdm):
     def write(self, line: str) -> None:
         """Print a line above the bar."""
         if not self.disable:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            with self.external_write_mode():
+                print(line, flush=True)

@@ -175,7 +175,7 @@ def test_several_data_sets_are_scored_at_both_ends(command, data, tmp_path):
         (["gpt2"], ["--data", "nowhere"], "There is no data 'nowhere'"),
         (["gpt2"], ["--data"], "--data needs a directory"),
         (["gpt2"], ["--data", "a/x", "b/x/"], "directories of different names, not 'x' 2 times"),
-        (["gpt2"], ["--processes", "3"], "cannot be shared by 3 processes"),
+        (["gpt2"], ["--processes", "3"], "3 processes cannot share a step"),
         (["gpt2", "gpt2 --train.steps 5"], [], "640 tokens of training on tiny and 'gpt2'"),
         (["gpt2", "gpt2 --train.val-tokens 64"], [], "64 tokens of validation on tiny and 'gpt2'"),
         (

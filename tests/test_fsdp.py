@@ -279,6 +279,7 @@ def test_each_rank_holds_its_share(together):
     assert sum(counts) == whole and max(counts) < 0.51 * whole
 
 
+@pytest.mark.slow
 def test_the_command_line_and_a_signal_to_a_whole_run(together, tmp_path):
     config = config_of(together / "data", tmp_path, "typed", **FSDP, steps=100_000)
     process = start(*command(config, "typed"), cwd=tmp_path, processes=2)

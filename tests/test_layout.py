@@ -16,7 +16,7 @@ ORDER = (
     *("train", "main", "experiments"),
 )
 LIMITS = {
-    **{"config": 260, "utils": 200, "recipes": 260, "tqdm_bars": 90, "loss": 130, "model": 250},
+    **{"config": 290, "utils": 200, "recipes": 260, "tqdm_bars": 90, "loss": 130, "model": 250},
     **{"modern": 250, "fineweb": 240, "train": 450, "main": 220, "sample": 220},
 }
 # Modules at the root that are still to be replaced: no order among them, and 500 lines.
@@ -24,7 +24,7 @@ LEAVING = {
     *("arms", "benchmark", "cbt", "chunks", "comparison", "comparison_figures", "curves"),
     *("download", "evaluation", "figures", "hf_card", "hf_configs", "hf_export", "hf_import"),
     *("hf_layouts", "hf_tokenizer", "hub", "lambada", "left_out", "likelihood"),
-    *("lm_eval_adapter", "metrics", "packing", "passage", "plan", "preparation", "published"),
+    *("lm_eval_adapter", "metrics", "packing", "passage", "preparation", "published"),
     *("pydocs", "report", "run_facts", "scoring", "sources", "tasks", "wikitext"),
     *("window_ranking", "workers", "writer"),
 }
@@ -123,11 +123,14 @@ def test_help_and_plan_start_without_torch(tmp_path, words):
 
 def test_readme_names_every_file_and_nothing_else():
     tree = re.search(r"```text tree\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    named = set(re.findall(r"^\s*(\S+\.\w+)", tree, re.MULTILINE))
-    top = {path.name for path in ROOT.glob("*.py")}
-    assert {name for name in named if name.endswith(".py") and "/" not in name} == top
-    for name in named:
-        assert (ROOT / name).exists() or list(ROOT.glob(f"*/{name}")), name
+    named, folder = set(), ""
+    for indent, name in re.findall(r"^( *)(\S+)", tree, re.MULTILINE):
+        folder = folder if indent else name if name.endswith("/") else ""
+        named.add(folder + name if indent else name)
+        assert (ROOT / (folder + name if indent else name)).exists(), name
+    root = {path.name for path in ROOT.glob("*.py")}
+    packages = {file for file in NEW if "/" in file and not file.endswith("__init__.py")}
+    assert {name for name in named if name.endswith(".py")} == root | packages
 
 
 def test_readme_commands_name_real_scripts_and_options():

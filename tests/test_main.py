@@ -1,5 +1,6 @@
 """The command line: precedence, resuming, weights to begin with, and a person's mistakes."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,9 +13,9 @@ import torch
 import main
 import recipes
 import sample
-from config import ModelConfig, UserError, replace
+from config import UserError, replace
 from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
-from model import GPT
+from modern import build_model
 from tests.runs import column, metrics, run_training, steps
 from tests.tiny import ALPHABET, ROOT, fields, make_data, script, tiny_config
 from training.setup import complete_config
@@ -170,6 +171,7 @@ def test_train_then_resume_with_another_micro_batch_then_refuse_another_model(da
     assert auto.returncode == 0, auto.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_torchrun_restarts_goes_on(data, tmp_path):
     words = small(data)
     first = script("main.py", *words, "--train.stop-at-step", 4, cwd=tmp_path)
@@ -179,6 +181,7 @@ def test_a_run_that_torchrun_restarts_goes_on(data, tmp_path):
     assert again.returncode == 0 and steps(tmp_path / "runs" / "run") == [4, 8, 12], again.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_train_resume_and_report(data, tmp_path):
     first = script("main.py", *small(data), "--train.stop-at-step", 4, cwd=tmp_path, processes=2)
     assert first.returncode == 0, first.stderr
@@ -220,7 +223,8 @@ def test_a_run_is_of_one_program_at_a_time(data, source, tmp_path):
     run = shutil.copytree(source, tmp_path / "runs" / "busy")
     holds = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, utils\n"
-        f"with utils.locked(pathlib.Path({str(run / 'lock')!r})): print('held', flush=True); input()"
+        f"with utils.locked(pathlib.Path({str(run / 'lock')!r})):\n"
+        "    print('held', flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -275,14 +279,18 @@ def test_the_shape_is_the_sources_and_dropout_is_free(source):
         ((13, 12, 768), "124m"),
     ],
 )
-def test_the_cadence_is_that_of_the_largest_size_that_is_not_larger(monkeypatch, shape, size):
-    found = ModelConfig(*shape, block_size=96)
+@pytest.mark.parametrize("recipe", ["gpt2", "modern"])
+def test_the_cadence_is_that_of_the_largest_size_that_is_not_larger(
+    monkeypatch, shape, size, recipe
+):
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), shape, strict=True), block_size=96)
+    found = dataclasses.replace(recipes.build(recipe, "nano").model, **sizes)
     with torch.device("meta"):
-        model = GPT(found)
+        model = build_model(found)
     monkeypatch.setattr(sample, "load", lambda *_: (model, gpt2_tokenizer(), False))
-    words = ["--init-from", "gpt2", "--train.steps", "4"]
+    words = [recipe, "--init-from", "gpt2", "--train.steps", "4"]
     config = main.new_config(words, main.parse(main.Args, words))
-    listed = recipes.build("gpt2", size)
+    listed = recipes.build(recipe, size)
     assert (config.size, config.model, config.optim) == (size, found, listed.optim)
     whole = listed.train.batch_tokens // 96 * 96  # of sequences
     changes = {"train.steps": 4, "train.batch_tokens": whole, "model.block_size": 96}

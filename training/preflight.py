@@ -78,7 +78,7 @@ def _check_all_reduce(info: DistInfo) -> None:
     if not torch.equal(total, torch.full_like(total, expected)):
         raise UserError(f"The all-reduce gave {total[0]:g} instead of {expected:g}. {P2P_ADVICE}")
     latency = _time_all_reduce(info, 2**12)
-    size = 2**28 if on_gpu else 2**24
+    size = 2**28 if on_gpu else 2**22
     # Each byte crosses the bus 2 (n - 1) / n times in a ring.
     bandwidth = 2 * (world_size - 1) / world_size * size / _time_all_reduce(info, size) / 1e9
     print0(

@@ -1,6 +1,7 @@
 """Before a run: its data checked, what that decides, how a step is divided, what it costs."""
 
 import contextlib
+import dataclasses
 import math
 import shlex
 import time
@@ -10,9 +11,13 @@ from typing import Any
 import recipes
 from config import Config, ModelConfig, UserError, divisors, replace
 from corpus.shards import DATA_DIR, TokenShards, Verification, find_data, read_manifest
+from corpus.tokenizer import Tokenizer
 from utils import printable
 
 PYDOCS = "pydocs"
+# Of a model, what its weights do not depend on, and what a recipe leaves to the size.
+FREE = ("dropout", "attention_dropout", "document_mask", "zero_init_proj")
+SIZED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 SECONDS_TO_SEE = 60  # what rank 0 has written, from another node
 
 
@@ -162,3 +167,53 @@ def plan(
 
 def _size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+def with_shape_of(source: str, found: ModelConfig, base: Config, sized: bool) -> Config:
+    """Return a recipe's config with the shape `found` of the model that --init-from names.
+
+    Unless a size is typed (`sized`), batch, budget and intervals are those of the largest size
+    that is not larger. UserError where the recipe wants other parts than the model has.
+    """
+    default = ModelConfig()
+    if not sized:
+        counts = {}
+        for name, size in recipes.SIZES.items():
+            shape = {k: getattr(size, k) for k in ("n_layer", "n_head", "n_embd")}
+            counts[name] = dataclasses.replace(found, **shape).num_params
+        smallest = min(counts, key=counts.get)
+        fitting = [name for name in counts if counts[name] <= found.num_params]
+        base = recipes.build(base.recipe, max(fitting, key=counts.get, default=smallest))
+    for name, value in vars(found).items():
+        asked = getattr(base.model, name)
+        if name not in (*FREE, *SIZED) and asked not in (value, getattr(default, name)):
+            raise UserError(
+                f"{base.recipe} has model.{name} {asked}, but {source} has {value}; choose a "
+                "recipe that leaves it as it is."
+            )
+    kept = {name: getattr(base.model, name) for name in FREE}
+    whole = max(base.train.batch_tokens // found.block_size, 1) * found.block_size
+    changes = {"model": dataclasses.replace(found, **kept), "train.batch_tokens": whole}
+    return replace(base, {**changes, "init_from": source})
+
+
+def check_shape(config: Config, source: ModelConfig) -> None:
+    """Raise UserError unless what was typed leaves a model that the source's weights fit."""
+    for name, value in vars(source).items():
+        asked = getattr(config.model, name)
+        fewer = name == "block_size" and (asked <= value or config.model.pos_emb == "rope")
+        if asked != value and name not in FREE and not fewer:
+            raise UserError(
+                f"model.{name} {asked} does not fit {config.init_from}, which has {value}; leave "
+                "it out."
+            )
+
+
+def check_tokenizer(config: Config, theirs: Tokenizer) -> None:
+    """Raise UserError unless the data's ids mean what they mean to the model begun with."""
+    ours = read_manifest(find_data(config.data))
+    if (ours.tokenizer, ours.alphabet) != (theirs.name, getattr(theirs, "alphabet", None)):
+        raise UserError(
+            f"{config.data} has the ids of another tokenizer ({ours.tokenizer}) than "
+            f"{config.init_from} ({theirs.name}); prepare the data with that tokenizer."
+        )

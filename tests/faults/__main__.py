@@ -1,9 +1,6 @@
-"""Whether this project's runs survive what machines do to them.
+"""Whether runs survive what machines do to them: `python -m tests.faults` (needs Linux's /proc).
 
-    python -m tests.faults [--seed 0] [--kills 30] [--parts training damage] [--directory DIR]
-
-A failed trial says what differs and leaves its folder; the exit status is 1 then. It needs Linux,
-whose /proc tells which processes are left.
+A failed trial says what differs and leaves its folder; the exit status is 1 then.
 """
 
 import shutil
@@ -32,8 +29,7 @@ class Options:
     kills: int = 30
     """How many kills the training and the preparation suffer, each; restarts, a third of them."""
     parts: tuple[str, ...] = tuple(PARTS)
-    """What to try: runs and preparations killed and resumed, torchrun's restarts, files damaged,
-    torn, exchanged and planted, and full disks."""
+    """What to try: kills of runs, of preparations and under torchrun, damaged files, full disks."""
     directory: Path | None = None
     """Where the trials' folders go; a temporary directory by default."""
 
@@ -48,9 +44,8 @@ def main() -> None:
         outcome = PARTS[name](options.seed, options.kills, directory / name)
         print(f"{name}: {len(outcome.failures)} failed; {dict(outcome.seen)}", flush=True)
         failures += outcome.failures
-    print("\n".join(failures), flush=True)
     if failures:
-        raise SystemExit(1)
+        raise SystemExit("\n".join(failures))
     if options.directory is None:
         shutil.rmtree(directory)
 

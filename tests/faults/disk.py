@@ -1,7 +1,4 @@
-"""Disks that fill up: one sentence, nothing earlier harmed, and once there is room it goes on.
-
-The disk is a tmpfs of a few megabytes, and what fills it a file that is removed again.
-"""
+"""Disks that fill up: one sentence, nothing earlier harmed, and once there is room it goes on."""
 
 import contextlib
 import functools
@@ -55,8 +52,8 @@ def disk_of(folder: Path, name: str, megabytes: int):
 def fill(disk: Path, leave: int) -> Path:
     """Fill a disk but for `leave` bytes with a file; returns that."""
     with open(disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(PAGE))
+        while file.write(bytes(PAGE)):
+            pass
     os.truncate(file.name, os.path.getsize(file.name) - leave)
     return Path(file.name)
 
@@ -81,7 +78,8 @@ def during_run(kind: str, folder: Path) -> None:
     with disk_of(folder, "runs", 4) as disk:
         process = start(*words, cwd=folder)
         wait_for(lambda: kind == "the start" or process.poll() is not None or first.exists())
-        ballast = end_full(process, disk, kind, "runs")
+        naming = "No space left" if kind == "the start" else RUN.name
+        ballast = end_full(process, disk, kind, naming)
         kept = checkpoint.all_checkpoints(folder / RUN)
         assert [checkpoint.newest(folder / RUN)] == (kept[-1:] or [None])
         ballast.unlink()
@@ -97,7 +95,6 @@ def during_shard(kind: str, folder: Path) -> None:
         words, shards = kills.prepare(corpus, 2, "disk/shards"), disk / "shards"
         process = start(*words, cwd=folder)
         wait_for(lambda: process.poll() is not None or any(shards.glob("*.npy")))
-        ballast = end_full(process, disk, kind, "disk/shards")
-        ballast.unlink()
+        end_full(process, disk, kind, "disk/shards").unlink()
         succeed(folder, *words)
         common.check_same_files(common.contents(shards), common.contents(folder / "shards"))

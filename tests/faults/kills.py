@@ -25,6 +25,7 @@ KINDS = (
     {"shuffle": "sequences", "optimizer": "muon", "dropout": 0.1},
     {"shuffle": "documents", "optimizer": "adamw", "dropout": 0.1},
 )
+TORCHRUN = ["--standalone", "--nproc_per_node=2", "--max-restarts=8"]
 
 
 def training(seed: int, kills: int, directory: Path) -> Outcome:
@@ -64,8 +65,7 @@ def restarts(seed: int, kills: int, directory: Path) -> Outcome:
 
     def trial(rng: random.Random, folder: Path, seen: Counter[str]) -> None:
         common.make_data(folder)
-        options = ["--standalone", "--nproc_per_node=2", "--max-restarts=8"]
-        node = start_node(options, common.command(**settings), folder)
+        node = start_node(TORCHRUN, common.command(**settings), folder)
         try:
             for _ in range(rng.randint(1, 2)):
                 time.sleep(rng.uniform(0, seconds))
