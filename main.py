@@ -3,7 +3,6 @@
     python main.py [RECIPE] [--size SIZE] [--data NAME_OR_DIR] [--name RUN] [--group.field value]
     python main.py --resume RUN | ... --auto-resume | ... --init-from MODEL | ... --plan
     torchrun --standalone --nproc_per_node=8 main.py ...
-
 Defaults < size < recipe < what is typed. `resolve` reads the command line, `launch` does it.
 """
 
@@ -175,6 +174,7 @@ def launch(job: Job, info: Any) -> tuple[Config, int, bool]:
     distributed.set_timeout(config.train.timeout)
     info = distributed.choose_device(info, config.train.device)
     on_rank0(lambda: setup.prepare_data(config.data, job.verifies))
+    setup.find_data(config.data)  # on every node, before there is a run directory
     if not job.resumes:
         if config.init_from:
             on_rank0(lambda: setup.check_tokenizer(config, load(config.init_from, runs_dir)[1]))
@@ -184,14 +184,15 @@ def launch(job: Job, info: Any) -> tuple[Config, int, bool]:
     tries_micro_batch = config.train.micro_batch_size is None and info.device.type != "cpu"
     if not job.resumes:
         on_rank0(lambda: create_run(run, config))
-    if distributed.all_reduce_any(not setup.sees(run / "config.json", info.world_size)):
+    seen = setup.sees(run / "config.json", info.world_size, config.train.timeout)
+    if distributed.all_reduce_any(not seen):
         if info.is_main and not job.resumes:  # so that its name is free again
             shutil.rmtree(run)
         raise UserError(f"Some ranks do not see {run}; give a --train.runs-dir that all share.")
     with contextlib.ExitStack() as stack:
         # Only rank 0 writes to a run, so only rank 0 needs to see that no other program does.
         on_rank0(lambda: stack.enter_context(locked(run / "lock")))
-        found = on_rank0(lambda: checkpoint.newest(run)) if job.resumes else None
+        found = on_rank0(lambda: checkpoint.newest_to_resume(run)) if job.resumes else None
         dtype = str(distributed.pick_dtype(config.train.dtype, info.device)).removeprefix("torch.")
         distributed.print0(setup.summary(divided, run, info, dtype))
         return config, *train(divided, run, info, found, tries_micro_batch)

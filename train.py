@@ -64,7 +64,7 @@ def train(
         late = 1 if info.device.type == "cuda" and t.dtype != torch.float16 else 0
         batches = prefetch(t.data, config, info, t.start + 1, t.last)
         stack.enter_context(contextlib.closing(batches))
-        stack.enter_context(attention_by(c.attention))
+        stack.enter_context(attention_by(c.attention, info.device))
         recorded = distributed.broadcast(t.logger.recorded(t.start))  # of a resumed run's step
         gc.freeze()  # modules and code are 10^5 objects that every collection would look through
         bar.start()

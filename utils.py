@@ -167,13 +167,14 @@ def locked(path: Path) -> Iterator[None]:
                 holder = file.read(200).strip() or "it does not say which"
                 where = f"Another process ({holder}) is writing to {path.parent}"
                 raise UserError(f"{where}; wait for it to end, or end it.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n")
-        file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n"
+        with contextlib.suppress(OSError):  # a full disk is told by what needs the room
+            file.truncate(0)
+            os.write(file.fileno(), holder.encode())
         try:
             yield
         finally:
-            file.truncate(0)
+            os.ftruncate(file.fileno(), 0)
 
 
 def seal(record: dict[str, Any]) -> bytes:

@@ -274,3 +274,13 @@ def test_the_seal_covers_the_state(one):
     _, path, *_ = one
     state = unseal((path / "state.json").read_bytes())
     assert state["step"] == 1 and state["sha256"].keys() == set(FILES[:2])
+
+
+def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
+    """A kill between the two renames of a replacement leaves the old one under a hidden name."""
+    directory = tmp_path / "checkpoints"
+    (directory / ".step_000004.old.tmp").mkdir(parents=True)
+    (directory / ".step_000004.tmp").mkdir()
+    (directory / ".step_000008.tmp").mkdir()
+    checkpoint.remove_leftovers(tmp_path)
+    assert [path.name for path in directory.iterdir()] == ["step_000004"]

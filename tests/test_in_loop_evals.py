@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from config import Config, replace
 from corpus.tokenizer import gpt2_tokenizer
+from model import GPT
 from scoring import Scorer
 from tests.runs import TENSORS, column, go_on, metrics, run_training, tensors
 from tests.tiny import command, make_data, script, tiny_config
@@ -201,3 +203,23 @@ def test_two_processes_score_as_one_and_leave_out_what_is_missing_together(data,
     assert result.stdout.count("step      3: hellaswag acc_norm ") == 1
     assert column(one, "eval", "step") == [(0,), (3,), (4,)]
     assert metrics(one, "eval", times=False) == metrics(tmp_path / "two", "eval", times=False)
+
+
+def test_time_spent_beside_training_is_not_training_time(data, tmp_path, monkeypatch):
+    """By a clock that jumps by an hour in every score, and in every batch of a validation."""
+    clock, score, forward, hours = time.perf_counter, Scorer.score, GPT.forward, 0
+
+    def later(original):
+        def patched(self, *arguments):
+            nonlocal hours
+            hours += 0 if original is forward and self.training else 1
+            return original(self, *arguments)
+
+        return patched
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600 * hours)
+    monkeypatch.setattr(Scorer, "score", later(score))
+    monkeypatch.setattr(GPT, "forward", later(forward))
+    run = run_training(config_of(data, tmp_path, eval_interval=1, val_interval=1, steps=2))
+    assert hours > 5 and column(run, "train", "seconds")[-1][0] < 3600
+    assert all(seconds > 3600 for (seconds,) in column(run, "eval", "seconds"))

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from config import UserError, replace
 from fineweb import FineWebEdu, sequence_indices
@@ -23,7 +25,7 @@ from tests.runs import (
     tensors,
 )
 from tests.tiny import command, make_data, script, tiny_config
-from training import checkpoint
+from training import checkpoint, distributed
 from training.logger import read_sequence_losses
 from training.optim import lr_at
 
@@ -117,6 +119,30 @@ def test_one_process_two_processes_and_accumulation_agree(data, tmp_path, optimi
             assert found.shape == wanted.shape
             assert np.abs(found - wanted)[:, 0].max() < tolerance
             np.testing.assert_allclose(found, wanted, rtol=1e-3)
+
+
+def test_gradients_are_averaged_over_ranks_once_a_step(data, tmp_path, monkeypatch):
+    """A process group of one, whose DDP counts what it would send."""
+    sent = []
+
+    def counting(state, bucket):
+        sent.append(bucket.index())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    def wrap(model, info):
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, counting)
+        return wrapped
+
+    monkeypatch.setattr(distributed, "wrap_ddp", wrap)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        run_training(tiny_config(data, tmp_path, steps=3, micro_batch_size=1))
+    finally:
+        dist.destroy_process_group()
+    assert 3 <= len(sent) == 3 * len(set(sent))
 
 
 def test_logged_loss_is_that_of_the_whole_step(data, tmp_path):

@@ -154,6 +154,12 @@ def newest(run: Path) -> Path | None:
     return None
 
 
+def newest_to_resume(run: Path) -> Path | None:
+    """Return `newest` after tidying up, for the one process that writes to the run."""
+    remove_leftovers(run)
+    return newest(run)
+
+
 def verify(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state after comparing digests; raises UserError naming a bad file."""
     state = read_state(path)
@@ -216,7 +222,12 @@ def prune(run: Path, keep: int, step: int) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what an interrupted save or prune left behind."""
+    """Delete what an interrupted save or prune left behind; put back what was to be replaced."""
+    for old in (run / "checkpoints").glob(".step_*.old.tmp"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(".old.tmp"))
+        if not final.exists():
+            with contextlib.suppress(OSError):
+                os.replace(old, final)
     for path in (run / "checkpoints").glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

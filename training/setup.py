@@ -33,9 +33,9 @@ def prepare_data(data: str, verifies: bool = False) -> None:
         print(Verification(find_data(data)).wait(quiet=False), flush=True)
 
 
-def sees(path: Path, world_size: int) -> bool:
+def sees(path: Path, world_size: int, timeout: float) -> bool:
     """Say whether a file is there; among several ranks it may take a while to appear."""
-    deadline = time.monotonic() + (SECONDS_TO_SEE if world_size > 1 else 0)
+    deadline = time.monotonic() + (min(SECONDS_TO_SEE, timeout / 2) if world_size > 1 else 0)
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     return path.exists()
