@@ -26,6 +26,10 @@ Progress = Callable[[list[int], list[Scores]], bool]
 LOGPROB, TOKENS, MISSES, FILTERED_MISSES = range(4)
 
 
+# What a rank says of a failure that another one had.
+ELSEWHERE = "on another process"
+
+
 class Scorer:
     """A model made ready to be asked, on this process, about any number of plans."""
 
@@ -67,7 +71,7 @@ class Scorer:
         failures, stops = all_reduce_sum(torch.tensor([int(error is not None), int(stopped)]))
         if failures:
             lines = f"{error}".splitlines() or [""]
-            why = f"{type(error).__name__}: {lines[0]}" if error else "on another process"
+            why = f"{type(error).__name__}: {lines[0]}" if error else ELSEWHERE
             raise RuntimeError(f"scoring failed ({why})") from error
         if stops:
             return None

@@ -58,7 +58,7 @@ def train(
         t = Trainer(config, run, info, stop, resume_from, tries_micro_batch)
         stack.push(t.close)
         config, c, model, bar = t.config, t.config.train, t.model, t.bar
-        steps_per_epoch = len(t.data) // config.sequences_per_step
+        per_epoch = len(t.data) // config.sequences_per_step
         # A GPU's loss is read one step late: waiting for it would leave the GPU idle meanwhile. Not
         # in float16, where whether the weights change depends on the gradient norm.
         late = 1 if info.device.type == "cuda" and t.dtype != torch.float16 else 0
@@ -71,10 +71,10 @@ def train(
         for step in range(t.start, t.last + 1):
             t.whole_step = step
             first, at_end = step == t.start, step == t.last
-            saves = every(c.checkpoint_interval, step) or step % steps_per_epoch == 0 or at_end
-            saves = saves and step > 0
+            saves = every(c.checkpoint_interval, step) or step % per_epoch == 0 or at_end
+            saves = step > 0 and saves
             validates = saves or step == 0 or every(c.val_interval, step)
-            scores = bool(t.benchmarks) and (every(c.eval_interval, step) or at_end)
+            scores = t.benchmarks and (every(c.eval_interval, step) or at_end)
             samples = c.sample_tokens > 0 and (saves or step == 0)
             if first:
                 # The checkpoint that is resumed is there already; one that a signal left lacks its
@@ -329,8 +329,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise UserError(
                 f"After step {step} the validation loss is {loss:g}: the weights have diverged, so "
-                "no checkpoint is made of them. The ones before are good; start again with a "
-                "lower --optim.lr."
+                "no checkpoint is made of them. Start again with a lower --optim.lr."
             )
         per_byte = nats / math.log(2) / text_bytes if text_bytes else None
         self.measured |= {"val_loss": loss, "bits_per_byte": per_byte}
@@ -415,9 +414,10 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            names = ("SIGINT", "SIGTERM", "SIGHUP")
-            for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-                self._before[number] = signal.signal(number, self._handle)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # under nohup SIGHUP is ignored, and stays so
+                if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import torch.distributed as dist
+
 from benchmark import Task
 from config import Config
 from corpus.tokenizer import Tokenizer
 from evaluation import Result, evaluate
 from packing import Plan, plan
-from scoring import Scorer
+from scoring import ELSEWHERE, Scorer
 from tasks import open_task
 from training.distributed import DistInfo, all_reduce_any, barrier, print0
 
@@ -54,6 +56,10 @@ def try_evaluate(
         result = evaluate(scorer, task, layout, stop)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-    if all_reduce_any(bool(why)):
-        return None, why or "it failed on another rank"
-    return result, ""
+    reasons = [why]
+    if dist.is_initialized():
+        reasons = [""] * dist.get_world_size()
+        dist.all_gather_object(reasons, why)
+    # The others only know that it failed elsewhere.
+    reasons = sorted(filter(None, reasons), key=lambda reason: ELSEWHERE in reason)
+    return (None, reasons[0]) if reasons else (result, "")
