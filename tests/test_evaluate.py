@@ -155,6 +155,7 @@ def test_examples_are_logged_in_the_order_of_the_file(run, here, capsys):
     assert sum(fact["acc"] for fact in facts) / 7 == pytest.approx(metrics["acc"])
 
 
+@pytest.mark.slow
 def test_batch_size_and_two_processes_give_the_same_table(run, data, tmp_path):
     def evaluated(processes: int, *words: object) -> dict:
         result = script(

@@ -295,6 +295,7 @@ def test_jobs_share_the_cores(command, monkeypatch):
     assert "--nproc_per_node=2" in found[0][0]
 
 
+@pytest.mark.slow
 def test_two_recipes_train_side_by_side(command, tmp_path):
     """The real thing: main.py twice, then nothing is left to do."""
     args = ["experiments.py", "gpt2-baseline", "modern", *command, "--train.steps", "4"]
@@ -310,6 +311,7 @@ def test_two_recipes_train_side_by_side(command, tmp_path):
     assert (directory / "modern-tiny-lr0.01-seed1337.log").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_run_in_good_order_and_the_same_command_continues(command, tmp_path):
     args = ["experiments.py", "gpt2-baseline", *command, "--train.steps", "400"]
     args += ["--train.val-interval", "100"]

@@ -10,7 +10,10 @@ import pytest
 from tests.faults import common, damage, disk, kills
 from tests.faults.common import Outcome, attempt, check_same_run, check_sentence, processes_in
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs Linux's /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs Linux's /proc"),
+]
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ from training.distributed import (
 from training.logger import create_run
 from training.optim import build_optimizers, set_lr
 
+pytestmark = pytest.mark.slow
+
 MODERN = {
     **{"n_embd": 36, "n_head": 3, "n_layer": 3},
     "architecture": "modern",

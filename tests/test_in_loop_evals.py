@@ -193,6 +193,7 @@ def signal_in_score(number: int, config: Config) -> tuple[int, bool]:
         return go_on(config)
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one_and_leave_out_what_is_missing_together(data, tmp_path):
     changes = {"steps": 4, "eval_tasks": ("hellaswag", "cbt")}
     config = config_of(data, tmp_path, micro_batch_size=1, **changes)

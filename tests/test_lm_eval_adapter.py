@@ -56,6 +56,7 @@ def theirs(model):
     return harness_model(model)
 
 
+@pytest.mark.slow
 def test_our_benchmarks_give_the_harness_numbers(model, theirs, real_data, tmp_path):
     pairs = [
         *hellaswag_pairs(real_data, tmp_path, raw=20, cleaned=40),

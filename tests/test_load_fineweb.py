@@ -233,6 +233,7 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(killed):
     base, arguments = killed
     out = base / "again"
@@ -248,6 +249,7 @@ def test_killed_and_run_again_gives_the_same_bytes(killed):
     assert contents(out) == contents(base / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "everyone", "status"),
     [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143), (signal.SIGTERM, True, 143)],

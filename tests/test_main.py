@@ -141,6 +141,7 @@ def test_until_training_begins_torch_is_not_imported(data, tmp_path):
     assert b"--train.batch-tokens" in result.stdout and b"--auto-resume" in result.stdout
 
 
+@pytest.mark.slow
 def test_train_then_resume_with_another_micro_batch_then_refuse_another_model(data, tmp_path):
     done = script("main.py", *small(data), "--train.stop-at-step", 8, "--verify", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -191,6 +192,7 @@ def test_two_ranks_train_resume_and_report(data, tmp_path):
     assert again.returncode == 0 and steps(tmp_path / "runs" / "run") == [4, 8, 12], again.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_of_several_ranks_are_one_sentence(data, tmp_path):
     refused = mistake(*small(data), cwd=tmp_path, processes=3)
     assert "3 processes cannot share a step of 8 sequences; valid are 1, 2, 4, 8." in refused
@@ -248,6 +250,7 @@ def config_of(*args: str):
     return main.new_config(typed, main.parse(main.Args, typed))
 
 
+@pytest.mark.slow
 def test_a_run_begins_where_its_source_ended(data, source, tmp_path):
     words = ["--init-from", source, "--data", data, "--train.micro-batch-size", 1, *TINY]
     result = script("main.py", *words, cwd=tmp_path)

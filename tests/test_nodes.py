@@ -22,6 +22,8 @@ from tests.runs import assert_same_end, column, last_step, run_training
 from tests.tiny import ROOT, make_data, script, tiny_config, wait_for
 from training import checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")

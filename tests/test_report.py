@@ -110,6 +110,7 @@ def test_the_page_lets_only_its_own_script_run():
     assert "default-src 'none'" in policy and re.search(r"script-src 'sha256-[\w+/]{43}='$", policy)
 
 
+@pytest.mark.slow
 def test_a_run_of_20_000_steps_stays_small(tmp_path):
     path = write_run(tmp_path, evals=True, data="fineweb-edu", steps=20_000)
     rng, lines = np.random.default_rng(0), []

@@ -209,6 +209,7 @@ def test_killed_after_saving_nothing_is_missing_after_resume(
     assert (run / "samples.md").read_text() == (straight / "samples.md").read_text()
 
 
+@pytest.mark.slow
 def test_weights_of_an_unlisted_shape_bring_the_cadence_of_their_size(data, straight, tmp_path):
     """A model of 1.6M parameters is not validated and scored as often as one of 124M."""
     args = f"--init-from {straight} --data {data} --name run --train.steps 2".split()
