@@ -25,6 +25,8 @@ def fit_micro_batch(
     so that what is compiled here is used later. `reserves` leaves room for AdamW's two moments,
     which come with the first step. Where compiling fails the model goes on eager, in a line.
     """
+    # Every size that is tried is a graph, and so is evaluation; past 8 Dynamo would go eager.
+    torch._dynamo.config.recompile_limit = 64
     reserve = 8 * sum(to_local(p).numel() for p in model.parameters()) if reserves else 0
     while True:
         part = tokens[: config.train.micro_batch_size]
