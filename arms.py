@@ -218,8 +218,9 @@ def planned_runs(options: Options, arms: list[Arm]) -> list[Planned]:
     when data is missing, and when a run is there that was trained with other settings.
     """
     for data in options.data:
-        if data == load_fineweb.PYDOCS:
-            load_fineweb.prepare(data, DATA_DIR / data, quiet=True)
+        if data == "pydocs":
+            asked = load_fineweb.Arguments((data,), DATA_DIR / data)
+            load_fineweb.prepare(asked, quiet=True)
         find_data(data)
     runs = [
         _planned(arm, data, lr, i, options)

@@ -24,8 +24,8 @@ import numpy as np
 from config import UserError
 from corpus.shards import DATA_DIR
 from corpus.tokenizer import GPT2Tokenizer, Tokenizer
-from download import ATTEMPTS, download
 from likelihood import Request, Scores, encode_request
+from utils import fetch as fetch_file
 from utils import write_atomically
 
 
@@ -91,8 +91,7 @@ def find(file: WebFile, fetch: bool = True, attempts: int | None = None) -> Path
         return path
     if not fetch:
         raise UserError(f"{target} is not here; fetch {file.address} and put it there.")
-    attempts = ATTEMPTS if attempts is None else attempts
-    return download(file.address, target, file.sha256, file.size, attempts=attempts)
+    return fetch_file(file.path, file.address, file.size, file.sha256, attempts or 4)
 
 
 def is_published(file: WebFile, path: Path, rows: int) -> bool:
@@ -229,4 +228,4 @@ def require_examples(examples: Sequence[Any], path: Path) -> None:
 def require_gpt2_vocabulary(tokenizer: Tokenizer, task: str) -> None:
     """Raise UserError unless a model reads GPT-2's tokens, in which any text can be written."""
     if tokenizer.name != GPT2Tokenizer.name:
-        raise UserError(f"{task} needs GPT-2's vocabulary; this model reads characters.")
+        raise UserError(f"{task} needs GPT-2's vocabulary; this model has {tokenizer.name}'s.")

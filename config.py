@@ -44,6 +44,7 @@ class ModelConfig:
     n_embd: Count = 768  # Width of the residual stream.
     block_size: Count = 1024  # Context length in tokens, T.
     vocab_size: Annotated[int, Meta(ge=1, le=65536)] = 50257  # Token ids; taken from the data.
+    eot: Annotated[int, Meta(ge=-1, lt=65536)] = -1  # Id of <|endoftext|>; -1 is the last.
     dropout: Probability = 0.0  # Probability of dropping an activation; one epoch needs none.
     attention_dropout: Probability | None = None  # Its own for attention weights; else dropout.
     architecture: Literal["gpt2", "modern"] = "gpt2"  # model.py's, or modern.py's with more parts.

@@ -82,7 +82,7 @@ def _shuffled(shards: TokenShards, shard: int, seed: int, epoch: int) -> tuple[n
 
 def document_starts(shards: TokenShards, shard: int) -> np.ndarray:
     """Scan a shard for where documents begin, int64; the rest of an earlier one counts as one."""
-    tokens, eot = shards.shard(shard), shards.vocab_size - 1
+    tokens, eot = shards.shard(shard), shards.manifest.eot
     blocks = range(0, len(tokens), BLOCK_BYTES)
     found = [i + np.flatnonzero(tokens[i : i + BLOCK_BYTES] == eot) for i in blocks]
     return np.unique(np.concatenate([np.arange(min(len(tokens), 1)), *found]))

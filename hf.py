@@ -112,11 +112,10 @@ def from_checkpoint(path: Path, runs_dir: str) -> Exportable:
     model, tokenizer, begins_with_eot = hf_import.open_model(str(path), runs_dir)
     run, state = path.resolve().parent.parent, checkpoint.read_state(path)
     config = load_config(run)
-    alphabet = getattr(tokenizer, "alphabet", None)
     saved = Saved(
         model.config,
         begins_with_eot,
-        {"name": tokenizer.name, "alphabet": alphabet},
+        {"name": tokenizer.name, "sha256": tokenizer.sha256},
         config.recipe,
         state["step"],
     )

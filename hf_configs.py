@@ -152,8 +152,8 @@ def to_json(saved: Saved) -> dict[str, Any]:
     if kind == "llama":
         settings["num_key_value_heads"] = model.n_head
         settings["head_dim"] = model.n_embd // model.n_head
-    # <|endoftext|> is the last id of both tokenizers.
-    ends = {"bos_token_id": model.vocab_size - 1, "eos_token_id": model.vocab_size - 1}
+    eot = model.eot % model.vocab_size
+    ends = {"bos_token_id": eot, "eos_token_id": eot}
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
@@ -218,11 +218,9 @@ def _read_key(raw: Any, path: Path) -> Saved:
         if type(raw[name]) not in allowed:
             raise UserError(f"{where}.{name} cannot be {raw[name]!r}.")
     tokenizer = raw["tokenizer"]
-    fits = isinstance(tokenizer, dict) and set(tokenizer) == {"name", "alphabet"}
+    fits = isinstance(tokenizer, dict) and set(tokenizer) == {"name", "sha256"}
     if tokenizer is not None and not (
-        fits
-        and isinstance(tokenizer["name"], str)
-        and isinstance(tokenizer["alphabet"], str | None)
+        fits and isinstance(tokenizer["name"], str) and isinstance(tokenizer["sha256"], str | None)
     ):
         raise UserError(f"{where}.tokenizer cannot be {str(tokenizer)[:80]}.")
     known = [field.name for field in dataclasses.fields(ModelConfig)]

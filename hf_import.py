@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import hub
 from config import ModelConfig, UserError
-from corpus.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from corpus.tokenizer import Tokenizer, gpt2_tokenizer, read_tokenizer
 from hf_configs import Saved, from_json
 from hf_layouts import from_transformers
 from hf_tokenizer import check_vocabulary
@@ -247,12 +247,14 @@ def tokenizer_of(saved: Saved, source: str, directory: Path) -> Tokenizer:
     That of a model that is not ours is GPT-2's. Raises UserError when it has another vocabulary,
     so that its tokens cannot be turned into text.
     """
-    tokenizer = load_tokenizer(**saved.tokenizer) if saved.tokenizer else gpt2_tokenizer()
+    ours = saved.tokenizer
+    tokenizer = read_tokenizer(directory=directory, **ours) if ours else gpt2_tokenizer()
     if saved.model.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"{source} has {saved.model.vocab_size} token ids, but its tokenizer, "
             f"{tokenizer.name}, has {tokenizer.vocab_size}, so its tokens cannot be turned into "
             "text."
         )
-    check_vocabulary(directory, tokenizer)
+    if tokenizer.name == "gpt2":
+        check_vocabulary(directory)
     return tokenizer

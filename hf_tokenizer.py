@@ -1,10 +1,10 @@
-"""Tokenizer files, as `AutoTokenizer.from_pretrained` reads them, for both of our tokenizers.
+"""Tokenizer files, as `AutoTokenizer.from_pretrained` reads them, for our tokenizers.
 
     tokenizer_files(tokenizer, model_max_length) -> {file name: text}
-    check_vocabulary(directory, tokenizer)
+    check_vocabulary(directory)
 
 GPT-2's come from OpenAI's rank table, so that no download is needed: vocab.json, merges.txt and
-tokenizer.json. The character tokenizer is a table of single characters. There, "<|endoftext|>" in a
+tokenizer.json. Others have a tokenizer.json already. There, "<|endoftext|>" in a
 text is that token; in our data it is only characters.
 """
 
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from corpus.tokenizer import END_OF_TEXT, RANK_FILE, GPT2Tokenizer, Tokenizer, read_ranks
+from corpus.tokenizer import BYTE_OF, END_OF_TEXT, RANK_FILE, GPT2Tokenizer, Tokenizer, read_ranks
+
+BYTE_CHARACTERS = {byte: character for character, byte in BYTE_OF.items()}
 
 
 def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, str]:
     """Return the text of each tokenizer file of a model that reads `model_max_length` tokens."""
-    is_gpt2 = isinstance(tokenizer, GPT2Tokenizer)
+    is_gpt2, end = isinstance(tokenizer, GPT2Tokenizer), tokenizer.decode([tokenizer.eot])
     settings = {
         "tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
         "model_max_length": model_max_length,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
+        "bos_token": end,
+        "eos_token": end,
         # It would take the space before a full stop for one to remove.
         "clean_up_tokenization_spaces": False,
     }
@@ -32,7 +34,7 @@ def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, st
         settings |= {"unk_token": END_OF_TEXT, "add_prefix_space": False}
     files = {"tokenizer_config.json": _json(settings)}
     if not is_gpt2:
-        return {**files, "tokenizer.json": _json(_of_characters(tokenizer))}
+        return {**files, "tokenizer.json": tokenizer.json}
     merges = [f"{left} {right}" for left, right in merge_rules()]
     return {
         **files,
@@ -42,12 +44,12 @@ def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, st
     }
 
 
-def check_vocabulary(directory: Path, tokenizer: Tokenizer) -> None:
-    """Raise UserError, naming the file and a token, if a model's own tokenizer is another one.
+def check_vocabulary(directory: Path) -> None:
+    """Raise UserError, naming the file and a token, if a model's tokenizer is not GPT-2's.
 
     A directory without tokenizer files passes: there is nothing to compare.
     """
-    wanted = vocabulary() if isinstance(tokenizer, GPT2Tokenizer) else _characters(tokenizer)
+    wanted = vocabulary()
     for name in ("vocab.json", "tokenizer.json"):
         path = directory / name
         if not path.is_file():
@@ -62,7 +64,7 @@ def check_vocabulary(directory: Path, tokenizer: Tokenizer) -> None:
             raise UserError(f"{path} is damaged ({error!r}).") from None
         if other is not None:
             raise UserError(
-                f"{path} is not the vocabulary of the {tokenizer.name} tokenizer: the token "
+                f"{path} is not the vocabulary of the gpt2 tokenizer: the token "
                 f"{other!r} has id {found.get(other)} there and {wanted.get(other)} here."
             )
         return
@@ -105,24 +107,8 @@ def _halves(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
     return parts
 
 
-@functools.cache
-def _byte_characters() -> dict[int, str]:
-    """Return the character that stands for each byte: itself, or one past the 256 if it is hidden.
-
-    (Radford et al. 2019, in the code released with it.)
-    """
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {b: chr(b if b in visible else 256 + hidden.index(b)) for b in range(256)}
-
-
 def _written(token: bytes) -> str:
-    return "".join(_byte_characters()[byte] for byte in token)
-
-
-def _characters(tokenizer: Tokenizer) -> dict[str, int]:
-    ids = {character: i for i, character in enumerate(tokenizer.alphabet)}
-    return {**ids, END_OF_TEXT: tokenizer.eot}
+    return "".join(BYTE_CHARACTERS[byte] for byte in token)
 
 
 def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -145,24 +131,6 @@ def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
             "vocab": vocabulary(),
             "merges": [list(pair) for pair in merge_rules()],
         },
-    }
-
-
-def _of_characters(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json of a character tokenizer."""
-    return {
-        **_shared(tokenizer),
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": r"[\s\S]"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        # A token for the unknown has to be named; since there is none of that name, a character
-        # outside the alphabet is an error, as it is here.
-        "model": {"type": "WordLevel", "vocab": _characters(tokenizer), "unk_token": "unknown"},
     }
 
 

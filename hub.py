@@ -1,27 +1,23 @@
-"""Directories to and from repositories of the Hugging Face hub: models, and token shards.
+"""Directories to repositories of the Hugging Face hub, models and token shards, and models back.
 
     push(directory, "owner/name", "model" or "dataset")
     fetch("owner/name", "model", patterns) -> Path                 into the hub's own cache
     push_shards(directory, "owner/name")
-    fetch_shards("owner/name", revision, out) -> Manifest          into a data directory
 
 Whoever pushes is logged in as the hub's own client wants it: `hf auth login`, or HF_TOKEN. Nothing
-that is fetched is ever run, and shards are compared with the digests of their manifest.
+that is fetched is ever run.
 """
 
 import glob
-import hashlib
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from config import UserError
-from corpus.shards import MANIFEST, Manifest, check_shard, manifest_sha256, read_manifest
-from sources import reach_hub
-from utils import locked, sync_directory
+from corpus.shards import MANIFEST, open_shard, read_manifest
+from corpus.sources import reach_hub
+from corpus.tokenizer import TOKENIZER_FILE
 
 Kind = Literal["model", "dataset"]
 # Seconds to wait for the hub's first answer; its client would try again and again.
@@ -117,7 +113,6 @@ def _download(
     patterns: Sequence[str],
     revision: str | None,
     local_files_only: bool = False,
-    local_dir: Path | None = None,
 ) -> Path:
     import huggingface_hub
 
@@ -128,7 +123,6 @@ def _download(
             revision=revision,
             allow_patterns=list(patterns),
             local_files_only=local_files_only,
-            local_dir=local_dir,
         )
     )
 
@@ -154,7 +148,7 @@ def _unreached(problem: str, kind: Kind, error: Exception) -> UserError:
 
 
 def push_shards(directory: Path, repository: str, private: bool = False) -> str:
-    """Upload a complete data directory's manifest and shards; returns the repository's address.
+    """Upload a complete data directory: manifest, tokenizer and shards; returns the address.
 
     Every file is looked at first. Raises UserError for one that is not finished or damaged, and
     as `push` does.
@@ -168,108 +162,6 @@ def push_shards(directory: Path, repository: str, private: bool = False) -> str:
     if not manifest.complete:
         raise UserError(f"{directory} is not finished; run its `load_fineweb.py` command again.")
     for shard in manifest.shards:
-        check_shard(directory, shard)
-    return push(directory, repository, "dataset", private, _shard_patterns(manifest))
-
-
-def fetch_shards(repository: str, revision: str | None, out: Path) -> Manifest:
-    """Fetch a data directory that `push_shards` uploaded to `out`, and return its manifest.
-
-    Only the manifest and the shards it names come. `out` appears when every shard has the sha256
-    that its manifest states. What an interrupted call had fetched stays beside it, hidden, and is
-    not fetched again. Raises UserError when the repository holds no such directory or cannot be
-    reached, when a shard is another, and when something else is at `out`.
-    """
-    # `out` may be given with a slash or dots at its end.
-    out = Path(os.path.abspath(out))
-    if out.exists():
-        return _already_there(repository, revision, out)
-    partial = out.with_name(f".{out.name}.fetched")
-    partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial / ".lock"):
-        _fetch_into(partial, repository, revision, [MANIFEST])
-        manifest = _read_fetched(partial, repository)
-        _fetch_into(partial, repository, revision, _shard_patterns(manifest))
-        for shard in manifest.shards:
-            _check_digest(partial / shard.file, shard.sha256, repository)
-            check_shard(partial, shard)
-        _remove_others(partial, {MANIFEST, *(shard.file for shard in manifest.shards)})
-        try:
-            os.replace(partial, out)
-        except OSError as error:
-            raise UserError(f"{out} could not be written ({error.strerror}).") from error
-    sync_directory(out.parent)
-    return manifest
-
-
-def _shard_patterns(manifest: Manifest) -> list[str]:
-    return [MANIFEST, *(glob.escape(shard.file) for shard in manifest.shards)]
-
-
-def _already_there(repository: str, revision: str | None, out: Path) -> Manifest:
-    """Return the manifest of `out` if it is the repository's; raises UserError if it is not."""
-    directory = fetch(repository, "dataset", [MANIFEST], revision)
-    if (out / MANIFEST).is_file() and manifest_sha256(out) == manifest_sha256(directory):
-        return read_manifest(out)
-    raise UserError(f"{out} holds something else already; name another directory with --out.")
-
-
-def _fetch_into(
-    partial: Path, repository: str, revision: str | None, patterns: Sequence[str]
-) -> None:
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().repo_info(
-            repository, repo_type="dataset", revision=revision, timeout=TIMEOUT
-        )
-        _download(repository, "dataset", patterns, revision, local_dir=partial)
-    except Exception as error:
-        _discard_empty(partial)
-        raise _unreached(f"'{repository}' could not be downloaded", "dataset", error) from None
-
-
-def _read_fetched(partial: Path, repository: str) -> Manifest:
-    """Return the manifest that came; raises UserError unless it is one of finished data."""
-    try:
-        if not (partial / MANIFEST).is_file():
-            raise UserError(f"it has no {MANIFEST}")
-        manifest = read_manifest(partial)
-        if not manifest.complete or any(shard.sha256 is None for shard in manifest.shards):
-            raise UserError(f"its {MANIFEST} does not describe a finished preparation")
-    except UserError as error:
-        _discard_empty(partial)
-        raise UserError(
-            f"'{repository}' is not a directory of token shards ({str(error).rstrip('.')})."
-        ) from None
-    return manifest
-
-
-def _discard_empty(partial: Path) -> None:
-    """Remove what a call leaves that fetched no shard; shards would be fetched again."""
-    if not any(path.suffix in (".npy", ".bin") for path in partial.iterdir()):
-        shutil.rmtree(partial)
-
-
-def _remove_others(partial: Path, names: set[str]) -> None:
-    """Remove the client's notes, and shards of an earlier version that a call was fetching."""
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in names:
-            path.unlink()
-
-
-def _check_digest(path: Path, sha256: str, repository: str) -> None:
-    """Raise UserError, and remove the file, unless it is the one that the manifest means."""
-    try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"'{repository}' lacks {path.name}, which its manifest names.") from error
-    if found != sha256:
-        path.unlink()
-        raise UserError(
-            f"{path.name} of '{repository}' is damaged: its sha256 is not its manifest's. It was "
-            "removed; give the command again to fetch it anew."
-        )
+        open_shard(directory / shard.file, shard.tokens)
+    patterns = [MANIFEST, TOKENIZER_FILE, *(glob.escape(shard.file) for shard in manifest.shards)]
+    return push(directory, repository, "dataset", private, patterns)

@@ -186,14 +186,14 @@ def positions_and_mask(
             raise ValueError(f"{stop} tokens do not fit the context of {config.block_size}")
         positions = torch.arange(start, stop, device=idx.device)
         if config.document_mask and cache is None:  # a cache holds one document
-            mask = same_document(idx, config.vocab_size - 1)
+            mask = same_document(idx, config.eot % config.vocab_size)
     return positions, mask
 
 
 def same_document(idx: Tensor, eot: int) -> Tensor:
     """Return the mask (B, 1, T, T), bool, of what tokens see: their own document up to themselves.
 
-    A document begins with its <|endoftext|>, which is the last id of every tokenizer.
+    A document begins with its <|endoftext|>, whose id is `eot`.
     """
     document = (idx == eot).cumsum(dim=1)
     return (document[:, :, None] == document[:, None, :]).tril()[:, None]

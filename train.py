@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from config import Config, TrainConfig, UserError, changed_fields, from_json, to_json
-from corpus.shards import Verification, find_data, manifest_sha256
+from corpus.shards import find_data, manifest_sha256
 from corpus.tokenizer import can_encode
 from evals.in_loop import open_benchmarks, try_evaluate
 from evaluation import describe, headline
@@ -40,6 +40,7 @@ from training.logger import Logger, append_environment
 from training.metrics import StepMetrics, build_scaler, check_finite, update_scale
 from training.micro_batch import fit_micro_batch
 from training.optim import build_optimizers, lr_at, set_lr
+from training.verification import Verification
 from utils import run_script
 
 # A batch system signals torchrun and its processes, and torchrun passes that on to its processes.
@@ -223,8 +224,8 @@ class Trainer:
             gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             facts = {"device": gpu, "dtype": str(self.dtype), "threads": torch.get_num_threads()}
             facts |= {"world_size": info.world_size, "data_sha256": manifest_sha256(self.directory)}
-            names = ("attention", "parallel", "micro_batch_size")
-            facts |= {name: getattr(config.train, name) for name in names}
+            for name in ("attention", "parallel", "micro_batch_size"):
+                facts[name] = getattr(config.train, name)
             if told := append_environment(run, self.start, facts):
                 print(told, flush=True)
             self.verification = Verification(self.directory)
@@ -346,14 +347,13 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write a checkpoint, from all ranks but by one, and delete what need not be kept."""
-        tokenizer, scaler = self.tokenizer, self.scaler
         state = {key: self.measured[key] for key in ("train_loss", "val_loss", "bits_per_byte")}
         state |= {
             "config": json.loads(to_json(self.config)),
             "data_sha256": manifest_sha256(self.directory),
             "seconds": self.seconds,
-            "grad_scaler": scaler.state_dict() if scaler.is_enabled() else None,
-            "tokenizer": {"name": tokenizer.name, "alphabet": getattr(tokenizer, "alphabet", None)},
+            "grad_scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "tokenizer": {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256},
         }
         self.logger.sync()
         checkpoint.save(self.run, step, self.model, self.optimizers, state, self.info.is_main)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 from config import Config, UserError, from_json
+from tqdm_bars import DownloadBar
 
 try:
     import fcntl
@@ -24,6 +25,7 @@ except ImportError:  # Windows
     fcntl = None
 
 T = TypeVar("T")
+DATA_DIR = Path("data")
 
 # What the surroundings of a program can do to it anywhere: full or read-only disks, missing rights.
 SURROUNDINGS = {"ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENAMETOOLONG"}
@@ -198,3 +200,39 @@ def sha256_file(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(place: str, url: str, size=None, sha256=None, attempts: int = 4) -> Path:
+    """Return data/`place`, or that of $GPT2_DATA, or fetch it from `url`; raises UserError.
+
+    What comes has the `size` in bytes and the sha256 that are given, and is there whole or not.
+    """
+    for root in (DATA_DIR, *filter(None, [os.environ.get("GPT2_DATA")])):
+        if os.path.isfile(Path(root, place)):  # False in a directory one may not enter
+            return Path(root, place)
+    import pooch
+    import requests
+
+    def download(address: str, target: str, _: Any) -> None:
+        answer = requests.get(address, stream=True, timeout=30)
+        with answer, open(target, "wb") as file, DownloadBar(path.name, size) as bar:
+            answer.raise_for_status()
+            for chunk in answer.iter_content(2**18):
+                bar.update(file.write(chunk))
+                if size is not None and file.tell() > size:  # a server may never stop
+                    raise ValueError(f"it has more than {size:,} bytes")
+            if size not in (None, file.tell()):
+                raise ValueError(f"it has {file.tell():,} bytes, not {size:,}")
+
+    path, known = DATA_DIR / place, sha256 and f"sha256:{sha256}"
+    pooch.get_logger().setLevel("WARNING")
+    for attempt in range(1, attempts + 1):
+        try:
+            pooch.retrieve(url, known, path.name, path.parent, downloader=download)
+            break
+        except Exception as error:  # of the network's library, which has many
+            if attempt == attempts:
+                advice = f"fetch it in another way and put the file at {path}"
+                raise UserError(f"{url} could not be fetched ({error}); {advice}.") from error
+            time.sleep(2**attempt / 2)
+    return path

@@ -157,7 +157,7 @@ class GPTForCausalLM(PreTrainedModel, GenerationMixin):
         places = torch.arange(past + T, device=device)
         mask = (places <= places[past:, None])[None, None]
         if splits:
-            document = (input_ids == self.config.vocab_size - 1).cumsum(1)
+            document = (input_ids == self.config.eos_token_id).cumsum(1)
             mask = mask & (document[:, :, None] == document[:, None, :])[:, None]
         if padded:
             # Padding sees itself, for a softmax over nothing would be no number.

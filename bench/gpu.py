@@ -58,7 +58,7 @@ REPORT = 10
 class Options:
     """Measure one GPU and write a report."""
 
-    data: str = load_fineweb.PYDOCS
+    data: str = "pydocs"
     """Directory of token shards, or its name under data/; pydocs is made where it is not there."""
     out: Path = Path("bench/results")
     """Directory for the results, the report and the figures."""
@@ -92,8 +92,8 @@ def main() -> None:
 
 def prepared(data: str) -> Path:
     """Return the directory of the shards, after making those of the embedded corpus if asked."""
-    if data == load_fineweb.PYDOCS:
-        load_fineweb.prepare(load_fineweb.PYDOCS, DATA_DIR / data, quiet=True)
+    if data == "pydocs":
+        load_fineweb.prepare(load_fineweb.Arguments((data,), DATA_DIR / data), quiet=True)
     return find_data(data).resolve()
 
 

@@ -140,10 +140,9 @@ def make_data(directory: Path, arguments: Arguments) -> None:
     manifest = Manifest(
         name="bench",
         tokenizer=GPT2Tokenizer.name,
-        alphabet=None,
         vocab_size=GPT2Tokenizer.vocab_size,
+        eot=GPT2Tokenizer.eot,
         source={"kind": "benchmark"},
-        shard_tokens=arguments.shard_tokens,
         shards=tuple(shards),
         complete=True,
     )

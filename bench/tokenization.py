@@ -1,15 +1,18 @@
 """How fast documents become shards, against an ordinary pool of processes.
 
     python -m bench.tokenization --data 'corpus/*.parquet' [--workers N] [--max-tokens N]
+    python -m bench.tokenization --data python               Python's own sources: code, not prose
 
-Both read the same Parquet files, use as many processes, start them afresh each time and write equal
-shards; the figure is tokens over wall-clock time, start-up included. The reference is what most
-repositories have: the main process iterates over the documents, `Pool.imap` maps tiktoken's
-`encode_ordinary` over them in chunks of 16, and the main process copies the arrays into a shard.
+Both read the same Parquet files, use as many threads or processes, start them afresh each time and
+write equal shards; the figure is tokens over wall-clock time, start-up included. The reference is
+what most repositories have: the main process iterates over the documents, `Pool.imap` maps
+tiktoken's `encode_ordinary` over them in chunks of 16, and the main process copies the arrays into
+a shard.
 """
 
 import glob
 import multiprocessing
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,20 +23,20 @@ import numpy as np
 
 from bench.record import report
 from corpus.tokenizer import END_OF_TEXT, RANK_FILE, read_ranks
-from load_fineweb import cores, prepare
+from load_fineweb import CORES, Arguments, prepare
 from utils import parse, run_script
 
-SHARD_TOKENS = 100_000_000
+SHARD_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Options:
     """Measure tokens per second from Parquet files to shards."""
 
     data: tuple[str, ...]
-    """Parquet files with a text column, or patterns."""
-    workers: int | None = None
-    """Processes that tokenize; every core by default."""
+    """Parquet files with a text column, patterns of them, or python: its standard library."""
+    workers: int = CORES
+    """Threads, or processes, that tokenize; every core by default."""
     max_tokens: int = 10_000_000
     """Tokens to prepare each time."""
     repeats: int = 5
@@ -42,9 +45,29 @@ class Arguments:
 
 def main() -> None:
     """Print one JSON line."""
-    arguments = parse(Arguments)
-    workers = arguments.workers or cores()
-    files = [name for pattern in arguments.data for name in sorted(glob.glob(pattern))]
+    arguments = parse(Options)
+    workers = arguments.workers
+    with tempfile.TemporaryDirectory() as directory:
+        if arguments.data == ("python",):
+            files = [write_sources(Path(directory) / "python.parquet")]
+        else:
+            files = [name for pattern in arguments.data for name in sorted(glob.glob(pattern))]
+        compare(files, workers, arguments)
+
+
+def write_sources(path: Path) -> str:
+    """Write the modules of Python's standard library as documents of a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    paths = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    texts = [path.read_text("utf-8", "replace") for path in paths if path.stat().st_size]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=500)
+    return str(path)
+
+
+def compare(files: list[str], workers: int, arguments: Options) -> None:
+    """Measure both in turn and report."""
     ours, reference = [], []
     for _ in range(arguments.repeats):
         ours.append(measure(prepare_here, files, workers, arguments.max_tokens))
@@ -64,10 +87,8 @@ def measure(
 
 def prepare_here(files: list[str], out: Path, workers: int, limit: int) -> int:
     """Prepare shards the way this project does; returns the tokens written."""
-    manifest = prepare(
-        tuple(files), out, shard_tokens=SHARD_TOKENS, max_tokens=limit, workers=workers, quiet=True
-    )
-    return manifest.tokens("train") + manifest.tokens("val")
+    sizes = {"max_tokens": limit, "shard_tokens": SHARD_TOKENS}
+    return prepare(Arguments(tuple(files), out, workers=workers, **sizes), quiet=True).tokens()
 
 
 def prepare_plainly(files: list[str], out: Path, workers: int, limit: int) -> int:

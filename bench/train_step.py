@@ -40,13 +40,12 @@ from bench.device import begin_memory, peak_memory
 from bench.processes import alone, in_fresh_process
 from bench.record import report
 from config import Config, ModelConfig, OptimConfig, UserError, replace
-from corpus.shards import Manifest
+from corpus.shards import Manifest, ShardWriter
 from corpus.tokenizer import GPT2Tokenizer, gpt2_tokenizer
 from fineweb import Batch, FineWebEdu, load_batch, prefetch
 from modern import build_model
 from training.distributed import autocast, peak_flops, synchronize
 from training.logger import create_run
-from writer import ShardWriter
 
 # Sequences in a step, and whose loop a size is compared with, where nothing is said.
 BATCHES = {"124m": 4, "nano": 8}
@@ -365,9 +364,12 @@ def write_tokens(directory: Path, count: int, vocab_size: int = GPT2Tokenizer.vo
     directory.mkdir()
     tokenizer, rng = gpt2_tokenizer(), np.random.default_rng(SEED)
     tokens = rng.integers(0, vocab_size, count + 1, dtype=np.uint16)
-    source = {"kind": "random"}
-    manifest = Manifest("random", tokenizer.name, None, vocab_size, source, max(count + 1, 2))
-    ShardWriter(directory, manifest, tokenizer).write_splits(tokens[:4096], tokens)
+    manifest = Manifest("random", "gpt2", vocab_size, vocab_size - 1, {"kind": "random"})
+    writer = ShardWriter(directory, manifest, tokenizer, len(tokens))
+    for split, part in (("val", tokens[:4096]), ("train", tokens)):
+        writer.add(part, 0, split, (0, 0))
+        writer.flush(split, (0, 0, 0))
+    writer.record(complete=True)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ import dataclasses
 import functools
 import hashlib
 import re
-import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from config import UserError, decode
-from corpus.tokenizer import Tokenizer, load_tokenizer
-from tqdm_bars import PreparationBar
-from utils import seal, unseal, write_atomically
+from corpus.tokenizer import Tokenizer, read_tokenizer
+from utils import DATA_DIR, seal, unseal, write_atomically
 
 MANIFEST = "manifest.json"
-DATA_DIR = Path("data")
 # llm.c's .bin files begin with 256 int32: magic number, version, token count, zeros.
 LLMC_MAGIC, LLMC_LLAMA_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 20240801, 1, 1024
 OPEN_SHARDS = 128  # a map keeps its file open, and some systems allow a few hundred
@@ -39,7 +37,7 @@ class Shard:
     tokens: int
     bytes: int | None = None
     sha256: str | None = None
-    reached: tuple[int, int] | None = None  # how far into the source: (chunk, token in it)
+    reached: tuple[int, int, int] | None = None  # how far: (file, document, token in it)
 
     def __post_init__(self) -> None:
         # A name, not a path: what is read or written lies in the directory.
@@ -55,28 +53,23 @@ class Manifest:
 
     name: str
     tokenizer: str
-    alphabet: str | None
     vocab_size: int
+    eot: int  # the id of <|endoftext|>
     source: dict[str, Any]
-    shard_tokens: int
-    val_tokens: int | None = None
-    min_document_tokens: int | None = None
-    max_document_tokens: int | None = None
-    left_out: dict[str, int] = field(default_factory=dict)
-    left_out_names: dict[str, list[str]] = field(default_factory=dict)
+    tokenizer_sha256: str | None = None  # of tokenizer.json; GPT-2 has none
+    skipped: dict[str, int] = field(default_factory=dict)  # documents, by reason
     shards: tuple[Shard, ...] = ()
     complete: bool = False
 
     def __post_init__(self) -> None:
-        sizes, size = {"gpt2": 50257, "char": len(self.alphabet or "") + 1}, self.vocab_size
-        if size != sizes.get(self.tokenizer, size) or not 1 <= size <= 65536:
-            raise ValueError(f"{self.tokenizer} has no vocabulary of {size}")
+        if not 0 <= self.eot < self.vocab_size <= 65536:
+            raise ValueError(f"{self.tokenizer} has no vocabulary of {self.vocab_size}")
         if len({shard.file for shard in self.shards}) < len(self.shards):
             raise ValueError("it names a file twice")
 
-    def tokens(self, split: str) -> int:
-        """Return the number of tokens in a split."""
-        return sum(shard.tokens for shard in self.shards if shard.split == split)
+    def tokens(self, *splits: str) -> int:
+        """Return the number of tokens in the splits, by default in both."""
+        return sum(s.tokens for s in self.shards if s.split in (splits or ("train", "val")))
 
 
 def find_data(data: str) -> Path:
@@ -122,14 +115,59 @@ def _foreign_manifest(directory: Path) -> Manifest:
     """Describe `*_val_*` and `*_train_*` files (.npy, or llm.c's .bin), in the order of names."""
     named = re.compile(r"(?!documents_\w+_[0-9a-f]{12}\.npy)(?:.*_)?(val|train)_.*\.(?:npy|bin)")
     found = [(path, named.fullmatch(path.name)) for path in sorted(directory.glob("*"))]
-    shards = tuple(Shard(path.name, name[1], read_header(path)[0]) for path, name in found if name)
+    shards = tuple(Shard(path.name, name[1], len(open_shard(path))) for path, name in found if name)
     if not shards:
         command = f"prepare it with `python load_fineweb.py --out {directory}`."
         raise UserError(
             f"{directory} holds no token shards (no {MANIFEST}, no *_train_*.npy); {command}"
         )
-    facts = {"source": {"kind": "foreign"}, "shard_tokens": max(shard.tokens for shard in shards)}
-    return Manifest(directory.name, "gpt2", None, 50257, **facts, shards=shards, complete=True)
+    source = {"kind": "foreign"}
+    return Manifest(directory.name, "gpt2", 50257, 50256, source, shards=shards, complete=True)
+
+
+class ShardWriter:
+    """Fills one shard at a time, and records each whole one in the manifest."""
+
+    def __init__(self, directory: Path, manifest: Manifest, tokenizer: Tokenizer, size: int):
+        """Go on after a manifest's last shard; raises UserError where memory has no room."""
+        self.directory, self.manifest, self._filled = directory, manifest, 0
+        self._token_bytes, self.skipped = tokenizer.token_bytes(), Counter(manifest.skipped)
+        try:
+            self._buffer = np.empty(size, "<u2")  # takes up memory as it fills
+        except (MemoryError, ValueError) as error:
+            raise UserError("Memory has no room for a shard; lower --shard-tokens.") from error
+
+    def add(self, tokens: np.ndarray, start: int, split: str | None, place: Any) -> None:
+        """Append a document's tokens, uint16, from `start` on; its place is (file, row)."""
+        while start < len(tokens):
+            room = self._buffer[self._filled :][: len(tokens) - start]
+            room[:] = tokens[start : start + len(room)]
+            start, self._filled = start + len(room), self._filled + len(room)
+            if self._filled == len(self._buffer):
+                self.flush(split, (*place, start))
+
+    def flush(self, split: str | None, reached: tuple[int, int, int]) -> None:
+        """Write what there is as a shard; with no split, the first one validates."""
+        if not self._filled:
+            return
+        tokens, shards = self._buffer[: self._filled], self.manifest.shards
+        split = split or ("train" if shards else "val")
+        file = f"{self.manifest.name}_{split}_{len(shards):06d}.npy"
+        header, blocks = npy_header(len(tokens)), range(0, len(tokens), BLOCK_BYTES)
+        write_atomically(self.directory / file, header, tokens.data)
+        size = sum(int(self._token_bytes[tokens[i : i + BLOCK_BYTES]].sum()) for i in blocks)
+        (digest := hashlib.sha256(header)).update(tokens.data)
+        shard = Shard(file, split, len(tokens), size, digest.hexdigest(), reached)
+        self.manifest = dataclasses.replace(self.manifest, shards=(*shards, shard))
+        self._filled = 0
+        self.record()
+
+    def record(self, complete: bool = False) -> Manifest:
+        """Write the manifest and return it."""
+        facts = {"skipped": dict(sorted(self.skipped.items())), "complete": complete}
+        self.manifest = dataclasses.replace(self.manifest, **facts)
+        write_manifest(self.directory, self.manifest)
+        return self.manifest
 
 
 def npy_header(count: int) -> bytes:
@@ -138,34 +176,31 @@ def npy_header(count: int) -> bytes:
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + fields.ljust(117).encode() + b"\n"
 
 
-def read_header(path: Path) -> tuple[int, int]:
-    """Return how many tokens a whole shard holds and the byte at which they begin, or UserError."""
+def open_shard(path: Path, tokens: int | None = None) -> np.memmap:
+    """Return a whole shard as a read-only map, uint16; UserError where it has not `tokens`."""
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             raise ValueError("not a file" if path.exists() else "it is missing")
-        with open(path, "rb") as file:
-            tokens = (_llmc_count if path.suffix == ".bin" else _npy_count)(file)
-            offset = file.tell()
-        if missing := offset + 2 * tokens - path.stat().st_size:
-            kind, few = ("truncated", "few") if missing > 0 else ("padded", "many")
-            raise ValueError(f"{kind}: {abs(missing)} bytes too {few} for its {tokens} tokens")
-        return tokens, offset
+        if path.suffix == ".bin":
+            shard = np.memmap(path, "<u2", "r", LLMC_HEADER_BYTES, (_llmc_count(path),))
+        else:
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        if shard.ndim != 1 or shard.dtype.str != "<u2":
+            raise ValueError(f"{shard.ndim}-D {shard.dtype.str}, not 1-D <u2")
+        if extra := path.stat().st_size - shard.offset - shard.nbytes:
+            raise ValueError(f"padded: {extra} bytes too many for its {len(shard)} tokens")
     except Exception as error:  # a flipped bit in a header makes NumPy raise almost anything
         reason = str(error).split("\n")[0].rstrip(".")
         raise UserError(f"{path} is not a readable token shard ({reason}); {AGAIN}") from error
+    if tokens not in (None, len(shard)):
+        expected = f"where its manifest says {tokens}; {AGAIN}"
+        raise UserError(f"{path} holds {len(shard)} tokens {expected}")
+    return shard
 
 
-def _npy_count(file: BinaryIO) -> int:
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not version 1.0 of .npy")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)  # nothing is unpickled
-    if len(shape) != 1 or fortran_order or dtype.str != "<u2" or shape[0] < 0:
-        raise ValueError(f"{len(shape)}-D {dtype.str}, not 1-D <u2 in C order")
-    return shape[0]
-
-
-def _llmc_count(file: BinaryIO) -> int:
-    header = file.read(LLMC_HEADER_BYTES)
+def _llmc_count(path: Path) -> int:
+    with path.open("rb") as file:
+        header = file.read(LLMC_HEADER_BYTES)
     if len(header) < LLMC_HEADER_BYTES:
         raise ValueError("its header is cut off")
     magic, version, tokens = np.frombuffer(header, "<i4")[:3].tolist()
@@ -174,15 +209,6 @@ def _llmc_count(file: BinaryIO) -> int:
     if (magic, version) != (LLMC_MAGIC, LLMC_VERSION) or tokens < 0:
         raise ValueError("no llm.c header")
     return tokens
-
-
-def check_shard(directory: Path, shard: Shard) -> int:
-    """Return the byte where a shard's tokens begin; raises UserError for a wrong header or size."""
-    found, offset = read_header(directory / shard.file)
-    if found != shard.tokens:
-        expected = f"where its manifest says {shard.tokens}; {AGAIN}"
-        raise UserError(f"{directory / shard.file} holds {found} tokens {expected}")
-    return offset
 
 
 class TokenShards:
@@ -199,7 +225,8 @@ class TokenShards:
             raise UserError(f"{directory} is not finished; run its {prepare} command again.")
         if not self.shards:
             raise UserError(f"{directory} holds no {split} shards; prepare it with {prepare}.")
-        self._offsets = [check_shard(self.directory, shard) for shard in self.shards]
+        for shard in self.shards:
+            open_shard(self.directory / shard.file, shard.tokens)
         # int64: tokens before each shard, and at last of all
         self.bounds = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._map)
@@ -213,15 +240,12 @@ class TokenShards:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer whose ids these are."""
-        return load_tokenizer(self.manifest.tokenizer, self.manifest.alphabet)
+        manifest = self.manifest
+        return read_tokenizer(manifest.tokenizer, self.directory, manifest.tokenizer_sha256)
 
     def _map(self, i: int) -> np.ndarray:
         """Return shard i as a read-only map, uint16 (tokens,)."""
-        path, tokens = self.directory / self.shards[i].file, self.shards[i].tokens
-        try:
-            return np.asarray(np.memmap(path, "<u2", "r", self._offsets[i], (tokens,)))
-        except (OSError, ValueError) as error:  # gone or cut off since it was opened
-            raise UserError(f"{path} cannot be read ({error}); {AGAIN}") from error
+        return np.asarray(open_shard(self.directory / self.shards[i].file, self.shards[i].tokens))
 
     def read(self, starts: np.ndarray, count: int) -> np.ndarray:
         """Return `count` tokens from each start on, uint16 (len(starts), count)."""
@@ -246,55 +270,3 @@ def check_ids(tokens: np.ndarray, vocab_size: int, place: Path) -> np.ndarray:
         past = f"{place} holds token {largest}, past its vocabulary of {vocab_size}"
         raise UserError(f"{past}; {AGAIN}")
     return tokens
-
-
-class Verification:
-    """Reads every byte of a data directory in a background thread: digests and token ids."""
-
-    def __init__(self, directory: str | Path):
-        """Begin; raises UserError when the manifest cannot be read."""
-        self.directory, self.manifest = Path(directory), read_manifest(Path(directory))
-        self._read, self._error, self._stopped = 0, None, threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise the UserError that has been found, if any."""
-        if self._error is not None:
-            raise self._error
-
-    def wait(self, quiet: bool = True) -> str:
-        """Wait for the last byte, and return what was checked in a sentence."""
-        shards, total = self.manifest.shards, sum(s.tokens for s in self.manifest.shards)
-        with PreparationBar("verifying", total, disable=quiet) as bar:
-            while self._thread.is_alive():
-                self._thread.join(0.1)
-                bar.update(self._read // 2 - bar.n)
-        self.check()
-        known = sum(shard.sha256 is not None for shard in shards)
-        found = f"{self.directory} is intact: {len(shards)} shards with {total:,} tokens, all below"
-        return f"{found} {self.manifest.vocab_size:,}; the digests of {known} are right."
-
-    def close(self) -> None:
-        """End the thread."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            for shard in self.manifest.shards:
-                self._verify(shard)
-        except Exception as error:  # belongs to whoever checks
-            self._error = error
-
-    def _verify(self, shard: Shard) -> None:
-        path, offset = self.directory / shard.file, check_shard(self.directory, shard)
-        block = np.empty(BLOCK_BYTES, np.uint8)
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(file.read(offset))
-            while not self._stopped.is_set() and (count := file.readinto(block)):
-                digest.update(block[:count])
-                check_ids(block[: count & ~1].view("<u2"), self.manifest.vocab_size, path)
-                self._read += count
-        if shard.sha256 not in (None, digest.hexdigest()) and not self._stopped.is_set():
-            raise UserError(f"{path} is damaged: its sha256 is not the manifest's; {AGAIN}")

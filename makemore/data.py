@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from corpus.shards import DATA_DIR
-from download import download
+from corpus.pydocs import pydocs_documents
+from corpus.sources import TEXTS
 from loss import IGNORE_INDEX
-from pydocs import pydocs_documents
-from sources import SHAKESPEARE, fetch_text
+from utils import fetch
 
-NAMES_ADDRESS = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
-NAMES_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
-NAMES_BYTES = 228_145
+# Address, bytes, sha256.
+NAMES = (
+    "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt",
+    228_145,
+    "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d",
+)
 # Lines of a list are words when they are no longer than this and have no space in them.
 LONGEST_WORD = 40
 # A bigram's table has as many rows and columns, each with its moments while it is being learnt.
@@ -101,11 +103,9 @@ def _content(source: str) -> tuple[str, str, Kind]:
     if source == "words":
         return source, "\n".join(_english_words()), "words"
     if source == "names":
-        path = DATA_DIR / "names" / "names.txt"
-        download(NAMES_ADDRESS, path, NAMES_SHA256, NAMES_BYTES)
-        return source, _read(path), "words"
-    if source == "shakespeare":
-        return SHAKESPEARE, _read(fetch_text("tiny")), "text"
+        return source, _read(fetch("names/names.txt", *NAMES)), "words"
+    if source in TEXTS:
+        return source, _read(fetch(*TEXTS[source])), "text"
     path = Path(source)
     content = _read(path)
     return path.stem or source, content, _kind(content)

@@ -34,7 +34,6 @@ def real_data() -> Path:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks so small that every source has many, and several workers start."""
-    monkeypatch.setattr("chunks.CHUNK_BYTES", 500)
-    monkeypatch.setattr("load_fineweb.CHUNK_BYTES", 500)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches so small that every source has many."""
+    monkeypatch.setattr("corpus.sources.BATCH_BYTES", 500)

@@ -70,9 +70,8 @@ def exported(
     model: GPT, directory: Path, tokenizer: Tokenizer | None = None, recipe: str | None = None
 ) -> Path:
     """Export a model, as one of ours, and return the directory."""
-    named = {"name": "gpt2", "alphabet": None}
-    if tokenizer is not None:
-        named = {"name": tokenizer.name, "alphabet": getattr(tokenizer, "alphabet", None)}
+    name, digest = (tokenizer.name, tokenizer.sha256) if tokenizer else ("gpt2", None)
+    named = {"name": name, "sha256": digest}
     saved = Saved(model.config, True, named, recipe, 12)
     write_export(directory, model, saved, tokenizer, "# a card\n")
     return directory

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 
 class FakeHub:
@@ -58,8 +58,8 @@ class FakeHub:
         repo_type: str,
         revision: str | None,
         allow_patterns: list[str],
-        local_files_only: bool,
-        local_dir: Path | None,
+        local_files_only: bool = False,
+        local_dir: Path | None = None,
     ) -> str:
         place = Path(local_dir) if local_dir else self.root / "cache" / repo_type / name
         if local_files_only:
@@ -81,6 +81,16 @@ class FakeHub:
             self.calls.append(("fetched", path.name))
             fetched += 1
         return str(place)
+
+    def hf_hub_download(
+        self, name: str, filename: str, *, repo_type: str, revision: str | None
+    ) -> str:
+        self._reach(name, repo_type)
+        found, place = self.repository(name, repo_type), self.root / "cache" / repo_type / name
+        if not (found / filename).exists():
+            raise error_of(EntryNotFoundError, 404)
+        place.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(found / filename, place / filename))
 
     def _reach(self, name: str, kind: str) -> None:
         if not self.reachable:
@@ -106,6 +116,8 @@ def installed(root: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(root)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-    monkeypatch.setattr("hub.reach_hub", lambda: None)
+    for module in ("hub", "corpus.sources"):
+        monkeypatch.setattr(f"{module}.reach_hub", lambda: None)
     return fake

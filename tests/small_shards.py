@@ -1,32 +1,22 @@
 """Small shards of letters, for tests of the format."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from config import UserError
-from corpus.shards import Manifest, TokenShards
-from corpus.tokenizer import CharTokenizer
-from writer import ShardWriter
+from corpus.shards import Manifest, ShardWriter, TokenShards
+from corpus.tokenizer import TOKENIZER_FILE, CharTokenizer
 
-TOKENIZER = CharTokenizer("abcdefghij")
+TOKENIZER = CharTokenizer("abcdéfg€ij")
 EOT = TOKENIZER.eot
-FIRST = "tiny_train_000001.npy"
+FIRST, SECOND = "tiny_train_000001.npy", "tiny_train_000002.npy"
 
 
-def new_manifest(**changes: object) -> Manifest:
-    """Return a manifest of shards of ten tokens, with `changes`."""
-    manifest = Manifest(
-        name="tiny",
-        tokenizer="char",
-        alphabet=TOKENIZER.alphabet,
-        vocab_size=TOKENIZER.vocab_size,
-        source={"kind": "test"},
-        shard_tokens=10,
-    )
-    return dataclasses.replace(manifest, **changes)
+def new_manifest() -> Manifest:
+    facts = {"kind": "test"}
+    return Manifest("tiny", "char", TOKENIZER.vocab_size, EOT, facts, TOKENIZER.sha256)
 
 
 def document(length: int, seed: int = 0) -> np.ndarray:
@@ -35,20 +25,20 @@ def document(length: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([[EOT], body]).astype(np.uint16)
 
 
-def write(directory: Path, chunks: list[list[np.ndarray]], **changes: object) -> Manifest:
-    """Write chunks, each a list of documents, whose hashes are their numbers."""
+def write(directory: Path, *documents: np.ndarray, size: int = 10) -> Manifest:
+    """Write documents as shards of `size` tokens, the first of which validates."""
     directory.mkdir(exist_ok=True)
-    writer = ShardWriter(directory, new_manifest(**changes), TOKENIZER)
-    count = 0
-    for number, documents in enumerate(chunks):
-        hashes = list(range(count, count + len(documents)))
-        writer.add(np.concatenate(documents), hashes, number)
-        count += len(documents)
-    return writer.finish()
+    (directory / TOKENIZER_FILE).write_text(TOKENIZER.json)
+    writer = ShardWriter(directory, new_manifest(), TOKENIZER, size)
+    for row, tokens in enumerate(documents):
+        writer.add(tokens, 0, None, (0, row))
+    writer.flush(None, (1, 0, 0))
+    return writer.record(complete=True)
 
 
 def refuses(directory: Path, split: str = "train") -> str:
     """Return the sentence with which opening a split is refused."""
     with pytest.raises(UserError) as caught:
         TokenShards(directory, split)
+    assert "\n" not in str(caught.value)
     return str(caught.value)

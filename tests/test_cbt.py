@@ -224,20 +224,20 @@ def test_a_model_of_characters_is_refused(two_parts):
 
 @pytest.fixture
 def no_data(tmp_path, monkeypatch):
-    """An empty directory to work in; a download takes `CBTest.tgz` from it, if it is there."""
+    """An empty directory to work in; a fetch takes `CBTest.tgz` from it, if it is there."""
     directory = tmp_path / "work"
     directory.mkdir()
     monkeypatch.chdir(directory)
     monkeypatch.delenv("GPT2_DATA", raising=False)
 
-    def download(url, path, *arguments, **options):
-        archive = directory / "CBTest.tgz"
+    def fetch(place, url, *known):
+        archive, path = directory / "CBTest.tgz", directory / "data" / place
         if not archive.exists():
             raise UserError(f"{url} could not be fetched.")
         path.parent.mkdir(parents=True, exist_ok=True)
         return archive.rename(path)
 
-    monkeypatch.setattr("benchmark.download", download)
+    monkeypatch.setattr("benchmark.fetch_file", fetch)
     return directory
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from config import Config, ModelConfig, OptimConfig, UserError, to_json
+from corpus.tokenizer import TOKENIZER_FILE, CharTokenizer
 from model import GPT
 from modern import build_model
 from training import checkpoint
@@ -260,7 +261,9 @@ def test_a_checkpoint_opens_with_its_tokenizer(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=4)
     model, optimizers = trained(config=config)
     (tmp_path / "config.json").write_text(to_json(Config(model=config)))
-    state = {"tokenizer": {"name": "char", "alphabet": "abc"}}
+    ours = CharTokenizer("abc")
+    (tmp_path / TOKENIZER_FILE).write_text(ours.json)
+    state = {"tokenizer": {"name": "char", "sha256": ours.sha256}}
     path = checkpoint.save(tmp_path, 2, model, optimizers, state)
     opened, tokenizer = checkpoint.load_run_model(path)
     assert tokenizer.alphabet == "abc" and torch.equal(opened.wte.weight, model.wte.weight)

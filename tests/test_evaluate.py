@@ -187,10 +187,10 @@ def test_batch_size_and_two_processes_give_the_same_table(run, data, tmp_path):
     ],
 )
 def test_mistakes_are_one_sentence(run, here, monkeypatch, capsys, words, sentence):
-    def offline(url, *_, **__):
+    def offline(place, url, *_):
         raise UserError(f"{url} could not be fetched.")
 
-    monkeypatch.setattr("benchmark.download", offline)
+    monkeypatch.setattr("benchmark.fetch_file", offline)
     words = [run if word == "RUN" else word for word in words]
     with pytest.raises(UserError, match=sentence) as error:
         run_command(*words, capsys=capsys)

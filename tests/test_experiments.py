@@ -204,9 +204,9 @@ def test_recipes_go_before_options(command):
 
 
 def test_the_embedded_corpus_is_made_before_the_runs_are_planned(command, monkeypatch):
-    def prepare(source: str, out: Path, quiet: bool) -> None:
-        assert source == "pydocs" and quiet
-        make_data(out)
+    def prepare(asked: arms.load_fineweb.Arguments, quiet: bool) -> None:
+        assert asked.source == ("pydocs",) and quiet
+        make_data(asked.out)
 
     monkeypatch.setattr(arms.load_fineweb, "prepare", prepare)
     (run,) = plan("gpt2-rope", *command, "--data", "pydocs", "--train.epochs", "1")

@@ -207,7 +207,7 @@ def test_a_file_that_contradicts_itself_is_refused(shape, tmp_path):
         ({"step": "12"}, "step cannot be '12'"),
         ({"recipe": ["gpt2"]}, "recipe cannot be ['gpt2']"),
         ({"tokenizer": "gpt2"}, "tokenizer cannot be gpt2"),
-        ({"tokenizer": {"name": 3, "alphabet": None}}, "tokenizer cannot be"),
+        ({"tokenizer": {"name": 3, "sha256": None}}, "tokenizer cannot be"),
         ({"more": 1}, "should be an object of"),
         ({"model": {"n_layer": "two"}}, "Expected `int`, got `str` - at `$.n_layer`"),
         ({"model": {"n_layres": 2}}, "model has a field this version does not know: n_layres"),

@@ -1,130 +1,149 @@
-"""The hub, by the real packages and a repository on the local disk."""
+"""The hub's data sets, by the real packages and repositories on the local disk."""
 
 import os
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
-import chunks
-import load_fineweb
-import sources
-from load_fineweb import prepare
+from corpus.sources import HUB, find_source
+from load_fineweb import main
 from tests.corpora import (
     TEXTS,
+    contents,
     everything,
+    prepared,
     refuses,
     run,
+    stopped_after,
     tokens_of,
-    write_parquet,
+    write,
 )
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, NEWER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+LIMITS = {"shard_tokens": 1000, "max_tokens": 4500}
+
+
+class Hub:
+    """What was asked of it, and whether it answers; its newest commit is `newest`."""
+
+    def __init__(self, root: Path, build):
+        self.root, self.build = root, build
+        self.asked, self.fetched, self.newest, self.breaks_after = [], [], COMMIT, None
+        for commit, texts in ((COMMIT, TEXTS), (NEWER, [text.upper() for text in TEXTS])):
+            write(root / f"data@{commit}" / "sample" / "000.parquet", texts[:150])
+            write(root / f"data@{commit}" / "sample" / "001.parquet", texts[150:])
+
+    def load_dataset_builder(self, name, subset, revision):
+        self.asked.append((name, subset, revision))
+        # The real builder, but given a directory; files have addresses such as .../data@COMMIT/...
+        return self.build(str(self.root / f"data@{revision or self.newest}"))
+
+    def hf_hub_download(self, repo_id, filename, *, repo_type, revision):
+        if len(self.fetched) == self.breaks_after:
+            raise ConnectionError("reset\nby a peer")
+        self.fetched.append((repo_id, repo_type, revision, filename))
+        return str(self.root / f"data@{revision}" / filename)
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub on the local disk: the real builder, but given a directory; returns its calls."""
+def hub(tmp_path, monkeypatch) -> Hub:
     import datasets
 
-    repository = tmp_path / f"repository@{COMMIT}"
-    write_parquet(repository / "sample" / "000.parquet", TEXTS[:150])
-    write_parquet(repository / "sample" / "001.parquet", TEXTS[150:])
-    calls, real = [], datasets.load_dataset_builder
-
-    def load_dataset_builder(name, subset, revision):
-        calls.append((name, subset, revision))
-        builder = real(str(repository))
-        # An address rather than a path, as on the hub, so that files are opened through fsspec.
-        files = [f"file://{path}" for path in builder.config.data_files["train"]]
-        builder.config.data_files = {"train": files}
-        return builder
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    monkeypatch.setattr(sources, "reach_hub", lambda: None)
-    chunks._open_parquet.cache_clear()
-    return calls
+    hub = Hub(tmp_path / "hub", datasets.load_dataset_builder)
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub.load_dataset_builder)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr("corpus.sources.reach_hub", lambda: None)
+    return hub
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_hub_files_are_read_in_place_and_the_commit_recorded(tmp_path, hub, monkeypatch, workers):
-    # Small enough for two workers to start.
-    monkeypatch.setattr(load_fineweb, "CHUNK_BYTES", 500)
-    out = tmp_path / "out"
-    manifest = prepare(
-        "fineweb", out, shard_tokens=1000, workers=workers, max_tokens=4000, quiet=True
-    )
-    assert np.array_equal(everything(out), tokens_of(TEXTS)[:4000])
-    assert hub == [("HuggingFaceFW/fineweb", "sample-10BT", None)]
-    expected = {
-        "kind": "hub",
-        "repository": "HuggingFaceFW/fineweb",
-        "subset": "sample-10BT",
-        "revision": COMMIT,
-        "max_tokens": 4000,
-    }
-    assert manifest.source == expected
-    # Finished, it is recognized without asking the hub; another subset is another source.
-    prepare("fineweb", out, shard_tokens=1000, max_tokens=4000, quiet=True)
-    assert len(hub) == 1
-    assert "subset sample-10BT, not CC-MAIN-2024-10" in refuses(
-        "fineweb", out, subset="CC-MAIN-2024-10", max_tokens=4000, shard_tokens=1000
-    )
-
-
-def test_an_interrupted_hub_preparation_keeps_its_commit_and_its_limit(tmp_path, hub, monkeypatch):
-    finish = load_fineweb.ShardWriter.finish
-    limits = {"shard_tokens": 1000, "max_tokens": 4500}
-    monkeypatch.setattr(load_fineweb.ShardWriter, "finish", lambda self: self.manifest)
-    assert not prepare("openwebtext", tmp_path / "out", **limits, quiet=True).complete
-    monkeypatch.setattr(load_fineweb.ShardWriter, "finish", finish)
-    prepare("openwebtext", tmp_path / "out", **limits, quiet=True)
-    assert [revision for _, _, revision in hub] == [None, COMMIT]
+def test_files_are_asked_for_by_their_commit_and_that_is_recorded(tmp_path, hub):
+    manifest = prepared("fineweb", tmp_path / "out", **LIMITS)
     assert np.array_equal(everything(tmp_path / "out"), tokens_of(TEXTS)[:4500])
+    assert hub.asked == [("HuggingFaceFW/fineweb", "sample-10BT", None)]
+    names = [f"sample/{i:03d}.parquet" for i in (0, 1)]
+    assert set(hub.fetched) == {("HuggingFaceFW/fineweb", "dataset", COMMIT, n) for n in names}
+    facts = {"kind": "hub", "repository": "HuggingFaceFW/fineweb", "subset": "sample-10BT"}
+    assert manifest.source.items() >= {**facts, "revision": COMMIT, "max_tokens": 4500}.items()
+    assert "--subset sample-10BT, not CC-MAIN-2024-10" in refuses(
+        "fineweb", tmp_path / "out", subset="CC-MAIN-2024-10", **LIMITS
+    )
+
+
+def test_names_are_those_of_repositories(hub):
+    for name in HUB:
+        assert len(find_source((name,), None, NEWER).files) == 2
+    assert hub.asked == [(*HUB[name][:2], NEWER) for name in HUB]
+    assert {name: HUB[name][0] for name in HUB} == {
+        "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+        "fineweb": "HuggingFaceFW/fineweb",
+        "openwebtext": "Skylion007/openwebtext",
+        "climbmix": "karpathy/climbmix-400b-shuffle",
+    }
+    assert HUB["fineweb-edu"][1:] == ("sample-10BT", 9_982_590_278)
+
+
+def test_an_interrupted_preparation_keeps_its_commit(tmp_path, hub):
+    prepared("openwebtext", tmp_path / "whole", **LIMITS)
+    with stopped_after(2):
+        prepared("openwebtext", tmp_path / "out", **LIMITS)
+    hub.newest = NEWER
+    prepared("openwebtext", tmp_path / "out", **LIMITS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    message = refuses("openwebtext", tmp_path / "out", revision=NEWER, **LIMITS)
+    assert f"--revision {COMMIT}, not {NEWER}" in message
+
+
+def test_a_finished_directory_needs_no_hub(tmp_path, hub, monkeypatch):
+    manifest = prepared("climbmix", tmp_path / "out", **LIMITS)
+
+    def unreachable():
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("corpus.sources.reach_hub", unreachable)
+    assert prepared("climbmix", tmp_path / "out", **LIMITS) == manifest
+
+
+def test_another_subset_is_another_source(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr("load_fineweb.DATA_DIR", tmp_path / "data")
+    prepared("fineweb", None, subset="CC-MAIN-2024-10")
+    assert hub.asked == [("HuggingFaceFW/fineweb", "CC-MAIN-2024-10", None)]
+    assert list((tmp_path / "data").iterdir()) == [tmp_path / "data" / "fineweb-CC-MAIN-2024-10"]
+
+
+def test_a_network_that_fails_is_one_sentence_and_the_same_command_continues(
+    tmp_path, hub, small_batches
+):
+    options = {"shard_tokens": 1000, "workers": 1}
+    prepared("fineweb", tmp_path / "whole", **options)
+    hub.breaks_after = len(hub.fetched) + 2  # the last file of the pass that writes
+    message = refuses("fineweb", tmp_path / "out", **options)
+    assert "001.parquet cannot be fetched" in message and "same command continues" in message
+    whole, part = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    assert 1 < len(part) < len(whole)
+    hub.breaks_after = None
+    prepared("fineweb", tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == whole
 
 
 def test_the_published_count_is_compared(tmp_path, hub, capsys, monkeypatch):
-    monkeypatch.setitem(
-        sources.HUB, "fineweb-edu", sources.HubDataset("HuggingFaceFW/fineweb-edu", "s", 1234)
-    )
-    prepare("fineweb-edu", tmp_path / "a")
-    assert "warning: 1,234 tokens were published for this source" in capsys.readouterr().out
-    prepare("fineweb-edu", tmp_path / "b", max_tokens=1000)
-    prepare("fineweb-edu", tmp_path / "c", subset="other")
-    exact = sources.HubDataset("HuggingFaceFW/fineweb-edu", "s", len(tokens_of(TEXTS)))
-    monkeypatch.setitem(sources.HUB, "fineweb-edu", exact)
-    prepare("fineweb-edu", tmp_path / "d")
-    assert "warning" not in capsys.readouterr().out
+    def warns(count: int, out: str, *options: str) -> bool:
+        monkeypatch.setitem(HUB, "fineweb-edu", ("HuggingFaceFW/fineweb-edu", "s", count))
+        monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / out), *options])
+        main()
+        return f"warning: {count:,} tokens" in capsys.readouterr().out
 
-
-def test_the_known_count_of_the_flagship_data():
-    assert sources.HUB["fineweb-edu"].tokens == 9_982_590_278
-    assert sources.HUB["fineweb-edu"].subset == "sample-10BT"
-
-
-def test_a_failing_network_is_tried_again_and_then_named(tmp_path, hub, monkeypatch):
-    waits, failures = [], [ConnectionError("reset")] * 3
-    real = chunks._read_row_groups
-
-    def unreliable(path):
-        if failures:
-            raise failures.pop()
-        return real(path)
-
-    monkeypatch.setattr(chunks, "_read_row_groups", unreliable)
-    monkeypatch.setattr(chunks.time, "sleep", waits.append)
-    prepare("fineweb", tmp_path / "out", shard_tokens=1000, quiet=True)
-    assert waits == [1, 2, 4]
-    assert np.array_equal(everything(tmp_path / "out"), tokens_of(TEXTS))
-    failures.extend([ConnectionError("reset")] * 50)
-    message = refuses("fineweb", tmp_path / "again")
-    assert "could not be read after 6 attempts (reset)" in message
-    assert "run the same command again" in message
+    assert warns(1234, "a")
+    assert not warns(len(tokens_of(TEXTS)), "b")
+    assert not warns(1234, "c", "--max-tokens", "1000")
+    assert not warns(1234, "d", "--subset", "other")
+    assert not warns(1234, "e", "--tokenizer", "char")
 
 
 def test_without_a_network_one_sentence_says_what_to_do(tmp_path):
     result = run("--out", tmp_path / "out", env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert "HuggingFaceFW/fineweb-edu (sample-10BT) could not be found" in result.stderr
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "HuggingFaceFW/fineweb-edu (sample-10BT) cannot be fetched" in result.stderr
     assert "--source pydocs" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -1,10 +1,11 @@
 """LAMBADA's passages in both texts, and the three metrics of their last words."""
 
-import hashlib
 import io
 import json
 import math
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,11 +51,15 @@ def room(tmp_path, monkeypatch):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    content = (tmp_path / "web.tar.gz").read_bytes()
-    sha256, address = hashlib.sha256(content).hexdigest(), (tmp_path / "web.tar.gz").as_uri()
-    archive = WebFile(lambada.ARCHIVE.path, address, len(content), sha256)
-    monkeypatch.setattr(lambada, "ARCHIVE", archive)
-    monkeypatch.setattr(lambada, "STANDARD", WebFile(lambada.STANDARD.path, address, rows=2))
+
+    def fetch(place, url, *known):
+        assert url == lambada.ARCHIVE.address
+        path = Path("data", place)
+        path.parent.mkdir(parents=True)
+        return Path(shutil.copy(tmp_path / "web.tar.gz", path))
+
+    monkeypatch.setattr("benchmark.fetch_file", fetch)
+    monkeypatch.setattr(lambada, "STANDARD", WebFile(lambada.STANDARD.path, "", rows=2))
     return tmp_path / "room"
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -115,19 +114,16 @@ def test_the_embedded_words_need_no_file():
     assert settings_for("gpt2", data, 1).context > data.longest
 
 
-def test_names_come_from_the_web_once(tmp_path, monkeypatch, real_data):
+def test_names_come_from_the_web(monkeypatch, real_data):
     asked = []
 
-    def fake(url, path, sha256, size):
-        asked.append((url, size))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(real_data / "names" / "names.txt", path)
-        return path
+    def fake(place, *known):
+        asked.append(known)
+        return real_data / place
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "download", fake)
+    monkeypatch.setattr(module, "fetch", fake)
     data = load("names", 1)
-    assert asked == [(module.NAMES_ADDRESS, 228_145)]
+    assert asked == [module.NAMES]
     content = (real_data / "names" / "names.txt").read_text()
     total = sum(map(len, (data.train, data.val, data.test)))
     assert data.longest == 15 and total == len(set(content.split()))
@@ -135,8 +131,7 @@ def test_names_come_from_the_web_once(tmp_path, monkeypatch, real_data):
 
 def test_the_names_that_are_expected_are_the_real_ones(real_data):
     content = (real_data / "names" / "names.txt").read_bytes()
-    assert len(content) == module.NAMES_BYTES
-    assert hashlib.sha256(content).hexdigest() == module.NAMES_SHA256
+    assert module.NAMES[1:] == (len(content), hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n  \n", b"\xef\xbb\xbf"])

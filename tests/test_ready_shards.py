@@ -1,55 +1,127 @@
 """load_fineweb.py --source shards:OWNER/NAME, which fetches what hf.py DATA --push uploaded."""
 
-import re
+import json
 
 import pytest
 
 import hub
-import load_fineweb
-from config import UserError
-from corpus.shards import manifest_sha256
-from load_fineweb import prepare
+from corpus.shards import MANIFEST, TokenShards, read_manifest
+from corpus.tokenizer import TOKENIZER_FILE
+from tests.corpora import contents, prepared, refuses, write
 from tests.fake_hub import FakeHub, installed
-from tests.tiny import make_data
+from utils import seal
 
 NAME = "somebody/books"
+SOURCE = f"shards:{NAME}"
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A complete data directory of several shards."""
+    folder = tmp_path_factory.mktemp("mine")
+    file = write(folder / "a.jsonl")
+    prepared(file, folder / "out", shard_tokens=5000, tokenizer="bpe", vocab_size=300)
+    assert len(read_manifest(folder / "out").shards) > 2
+    return folder / "out"
 
 
 @pytest.fixture
-def fake_hub(tmp_path, monkeypatch) -> FakeHub:
-    monkeypatch.setattr(load_fineweb, "DATA_DIR", tmp_path / "data")
+def fake_hub(mine, tmp_path, monkeypatch) -> FakeHub:
+    monkeypatch.setattr("load_fineweb.DATA_DIR", tmp_path / "data")
     fake = installed(tmp_path / "hub", monkeypatch)
-    hub.push_shards(make_data(tmp_path / "mine"), NAME)
+    hub.push_shards(mine, NAME)
     return fake
 
 
-def test_shards_of_a_repository_go_where_data_is_found_by_its_name(fake_hub, tmp_path, capsys):
-    manifest = prepare(f"shards:{NAME}")
-    assert manifest.complete
-    assert manifest_sha256(tmp_path / "data" / "books") == manifest_sha256(tmp_path / "mine")
-    assert re.search(r"data/books is complete: [\d,]+ training and", capsys.readouterr().out)
-    # Again, it is recognized.
-    assert prepare(f"shards:{NAME}", quiet=True) == manifest
+@pytest.fixture
+def repository(fake_hub):
+    return fake_hub.repository(NAME, "dataset")
 
 
-def test_they_go_elsewhere_where_told(fake_hub, tmp_path):
-    prepare(f"shards:{NAME}", tmp_path / "there", quiet=True)
-    assert (tmp_path / "there" / "manifest.json").exists()
+def files_of(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def fetched(fake_hub) -> list[str]:
+    return [name for kind, name, *_ in fake_hub.calls if kind == "fetched"]
+
+
+def test_shards_come_whole_to_where_data_is_found_by_its_name(mine, fake_hub, repository, tmp_path):
+    (repository / "setup.py").write_text("harmful")
+    (repository / "more_train_1.npy").write_bytes(b"more")
+    assert prepared(SOURCE, None) == read_manifest(mine)
+    assert files_of(tmp_path / "data" / "books") == contents(mine)
+    tokenizer = TokenShards(tmp_path / "data" / "books", "val").tokenizer
+    assert tokenizer.decode(tokenizer.encode("over and over")) == "over and over"
+    # Again, it is recognized, and nothing is fetched twice.
+    before = fetched(fake_hub)
+    assert sorted(before) == sorted(contents(mine))
+    assert prepared(SOURCE, None) == read_manifest(mine)
+    assert fetched(fake_hub) == before
+
+
+def test_a_wrong_byte_is_refused_and_the_next_call_repairs_it(mine, repository, tmp_path):
+    out, shard = tmp_path / "out", repository / read_manifest(mine).shards[1].file
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert f"{shard.name} of {NAME} is missing or damaged" in refuses(SOURCE, out)
+    assert not (out / shard.name).exists()
+    shard.write_bytes(whole)
+    prepared(SOURCE, out)
+    assert files_of(out) == contents(mine)
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_an_interrupted_fetch_goes_on_where_it_stopped(mine, fake_hub, tmp_path, count):
+    fake_hub.breaks_after = count
+    assert "the connection was lost" in refuses(SOURCE, tmp_path / "out")
+    fake_hub.breaks_after = None
+    prepared(SOURCE, tmp_path / "out")
+    assert files_of(tmp_path / "out") == contents(mine)
+    assert sorted(fetched(fake_hub)) == sorted(contents(mine))
+
+
+def test_something_else_that_is_there_stays(fake_hub, tmp_path):
+    prepared(write(tmp_path / "a.jsonl"), tmp_path / "other")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.npy").write_bytes(b"mine")
+    for out in (tmp_path / "other", tmp_path / "notes"):
+        before = contents(out)
+        assert "name another" in refuses(SOURCE, out) or "name an empty" in refuses(SOURCE, out)
+        assert contents(out) == before
+    assert fetched(fake_hub) == []
+
+
+def test_other_options_and_other_repositories_are_refused(fake_hub, tmp_path):
+    for options in ({"max_tokens": 100}, {"subset": "x"}, {"tokenizer": "char"}):
+        assert "go --out and --revision only" in refuses(SOURCE, None, **options)
+    assert "go --out and --revision only" in refuses((SOURCE, "pydocs"), None)
+    assert "nobody/nothing cannot be fetched" in refuses("shards:nobody/nothing", None)
+    fake_hub.reachable = False
+    assert "cannot be fetched" in refuses(SOURCE, None)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize(
-    ("source", "options", "sentence"),
-    [
-        (f"shards:{NAME}", {"max_tokens": 100}, "leave out other sources, and all options but"),
-        (f"shards:{NAME}", {"subset": "x"}, "leave out other sources, and all options but"),
-        ((f"shards:{NAME}", "pydocs"), {}, "leave out other sources, and all options but"),
-        ("shards:books", {}, "'books' is no repository"),
-        ("shards:", {}, "'' is no repository"),
-        ("shards:nobody/nothing", {}, "no such dataset repository"),
-    ],
-)
-def test_what_cannot_be_is_one_sentence(fake_hub, tmp_path, source, options, sentence):
-    with pytest.raises(UserError, match=sentence):
-        prepare(source, quiet=True, **options)
-    assert not (tmp_path / "data").exists() or not any((tmp_path / "data").iterdir())
+def test_what_is_no_data_directory_is_refused(mine, repository, tmp_path):
+    out, manifest = tmp_path / "out", repository / MANIFEST
+    record = json.loads(manifest.read_text())
+    del record["digest"]
+    outside = {**record["shards"][0], "file": "../outside.npy"}
+    for content, words in (
+        (seal({**record, "shards": [outside]}), "not the name of a file"),
+        (seal({**record, "complete": False}), NAME),
+        (b"{}", MANIFEST),
+        (None, NAME),
+    ):
+        manifest.unlink(missing_ok=True)
+        if content is not None:
+            manifest.write_bytes(content)
+        assert words in refuses(SOURCE, out)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("file", [1, TOKENIZER_FILE])
+def test_a_file_that_the_repository_lacks_is_named(mine, repository, tmp_path, file):
+    name = read_manifest(mine).shards[file].file if file == 1 else file
+    (repository / name).unlink()
+    assert name in refuses(SOURCE, tmp_path / "out")

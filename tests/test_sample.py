@@ -9,7 +9,7 @@ import torch
 
 import sample
 from config import Config, TrainConfig, UserError, to_json
-from corpus.tokenizer import CharTokenizer, gpt2_tokenizer
+from corpus.tokenizer import TOKENIZER_FILE, CharTokenizer, gpt2_tokenizer
 from model import GPT
 from sample import Options, continuations, for_sampling
 from tests.talking_model import CONFIG, tiny_model
@@ -80,7 +80,9 @@ def run(tmp_path_factory) -> Path:
     directory.mkdir()
     config = Config(name="little", model=CONFIG, train=TrainConfig(batch_tokens=64))
     (directory / "config.json").write_text(to_json(config))
-    state = {"tokenizer": {"name": "char", "alphabet": ALPHABET}}
+    ours = CharTokenizer(ALPHABET)
+    (directory / TOKENIZER_FILE).write_text(ours.json)
+    state = {"tokenizer": {"name": "char", "sha256": ours.sha256}}
     older = tiny_model()
     older.wpe.weight.data *= -1
     checkpoint.save(directory, 1, older, [], state)

@@ -1,9 +1,12 @@
 """What all scripts share: mistakes as sentences, output that is lost, files that are old or new."""
 
+import hashlib
+import http.server
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,110 @@ def test_runs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
 def test_digest_of_a_file(tmp_path):
     (tmp_path / "empty").touch()
     assert utils.sha256_file(tmp_path / "empty").startswith("e3b0c44298fc1c14")
+
+
+# --- Files from the web ---
+
+CONTENT = os.urandom(700_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers with an error's number, or the content: whole, its first half, or for ever."""
+
+    def do_GET(self):
+        answers = self.server.answers
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.server.asked += 1
+        if isinstance(answer, int):
+            self.send_error(answer)
+            return
+        self.send_response(200)
+        if answer != "endless":
+            self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT[:350_000] if answer == "cut" else CONTENT)
+        while answer == "endless" and not self.server.stopped:
+            try:
+                self.wfile.write(CONTENT)
+            except OSError:  # who asked had enough
+                break
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server on this machine, an empty directory to be in, and no time between attempts."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answers, server.asked, server.stopped, server.waits = ["whole"], 0, False, []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/file"
+    monkeypatch.setattr(utils.time, "sleep", server.waits.append)
+    monkeypatch.delenv("GPT2_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.stopped = True
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def unfetched(url: str, *arguments, **options) -> str:
+    """Return the sentence of a fetch that fails, which leaves nothing behind."""
+    with pytest.raises(UserError) as caught:
+        utils.fetch("some/file", url, *arguments, **options)
+    assert not any(path.is_file() for path in Path().rglob("*"))
+    message = str(caught.value)
+    assert message.startswith(f"{url} could not be fetched (") and "\n" not in message
+    assert message.endswith("; fetch it in another way and put the file at data/some/file.")
+    return message
+
+
+def test_a_file_is_taken_from_data_then_from_gpt2_data_then_from_the_web(server, monkeypatch):
+    path = Path("data/some/file")
+    assert utils.fetch("some/file", server.url, len(CONTENT), SHA256) == path
+    assert path.read_bytes() == CONTENT and list(path.parent.iterdir()) == [path]
+    path.write_bytes(b"mine")
+    monkeypatch.setenv("GPT2_DATA", "theirs")
+    Path("theirs/some").mkdir(parents=True)
+    Path("theirs/some/file").write_bytes(b"theirs")
+    assert utils.fetch("some/file", server.url, 5, "0" * 64) == path
+    path.unlink()
+    assert utils.fetch("some/file", server.url) == Path("theirs/some/file")
+    assert server.asked == 1
+    Path("theirs/some/file").unlink()
+    assert utils.fetch("some/file", server.url) == path and path.read_bytes() == CONTENT
+
+
+def test_another_file_than_was_meant_is_not_kept(server):
+    assert SHA256 in unfetched(server.url, sha256="0" * 64, attempts=1)
+    assert "it has more than 5 bytes" in unfetched(server.url, 5, attempts=1)
+    assert "it has 700,000 bytes, not 900,000" in unfetched(server.url, 900_000, attempts=1)
+
+
+def test_a_server_that_never_stops_is_cut_off(server):
+    server.answers = ["endless"]
+    assert "it has more than 700,000 bytes" in unfetched(server.url, 700_000, SHA256, attempts=1)
+
+
+def test_a_failure_is_tried_again_up_to_so_many_times(server):
+    server.answers = [503, "cut", "whole"]
+    assert utils.fetch("some/file", server.url, sha256=SHA256).read_bytes() == CONTENT
+    assert (server.asked, server.waits) == (3, [1, 2])
+    Path("data/some/file").unlink()
+    server.answers, server.asked = ["cut"], 0
+    unfetched(server.url)
+    assert server.asked == 4
+    server.answers, server.asked = [404], 0
+    assert "404" in unfetched(server.url, attempts=1)
+    assert server.asked == 1
+
+
+def test_nobody_answers_or_nothing_can_be_written(server, monkeypatch):
+    assert "refused" in unfetched("http://127.0.0.1:9/file", attempts=2)
+    monkeypatch.setattr(utils, "DATA_DIR", Path("/proc/none"))
+    with pytest.raises(UserError, match="put the file at /proc/none/some/file"):
+        utils.fetch("some/file", server.url, attempts=1)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,10 +32,10 @@ def no_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GPT2_DATA", raising=False)
 
-    def offline(url, path, *arguments, **options):
+    def offline(place, url, *known):
         raise UserError(f"{url} could not be fetched.")
 
-    monkeypatch.setattr("benchmark.download", offline)
+    monkeypatch.setattr("benchmark.fetch_file", offline)
     return tmp_path
 
 
@@ -244,16 +245,16 @@ def test_the_hubs_parquet_file_becomes_the_published_text(real_data, no_data, mo
     lines = original.decode().splitlines(keepends=True)
     calls = []
 
-    def fetch(url, path, *arguments, **options):
-        calls.append((url, path))
-        return put_parquet(path.parent, lines, path.name)
+    def fetch(place, url, *known):
+        calls.append(url)
+        return put_parquet(Path("data", place).parent, lines, Path(place).name)
 
-    monkeypatch.setattr("benchmark.download", fetch)
+    monkeypatch.setattr("benchmark.fetch_file", fetch)
     task = wikitext.task(gpt2_tokenizer(), limit=1)
     assert task.published and task.path.read_bytes() == original
     assert [path.name for path in task.path.parent.iterdir()] == ["wiki.test.raw"]
     wikitext.task(gpt2_tokenizer(), limit=1)
-    assert len(calls) == 1 and calls[0][0].endswith("wikitext-2-raw-v1/test-00000-of-00001.parquet")
+    assert len(calls) == 1 and calls[0].endswith("wikitext-2-raw-v1/test-00000-of-00001.parquet")
 
 
 @pytest.mark.parametrize(

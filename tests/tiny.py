@@ -12,7 +12,7 @@ import numpy as np
 
 from config import Config, ModelConfig, OptimConfig, TrainConfig
 from corpus.shards import Manifest, Shard, write_manifest
-from corpus.tokenizer import CharTokenizer, Tokenizer
+from corpus.tokenizer import TOKENIZER_FILE, CharTokenizer, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz."
@@ -46,17 +46,11 @@ def make_data(
         text_bytes = int(tokenizer.token_bytes()[part].sum())
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         shards.append(Shard(path.name, split, len(part), text_bytes, digest))
-    manifest = Manifest(
-        name="tiny",
-        tokenizer=tokenizer.name,
-        alphabet=getattr(tokenizer, "alphabet", None),
-        vocab_size=tokenizer.vocab_size,
-        source={"kind": "test"},
-        shard_tokens=shard_tokens,
-        shards=tuple(shards),
-        complete=True,
-    )
-    write_manifest(directory, manifest)
+    if tokenizer.json:
+        (directory / TOKENIZER_FILE).write_text(tokenizer.json, encoding="utf-8")
+    facts = (tokenizer.name, tokenizer.vocab_size, tokenizer.eot, {"kind": "test"})
+    digest = tokenizer.sha256
+    write_manifest(directory, Manifest("tiny", *facts, digest, {}, tuple(shards), complete=True))
     return directory
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config import UserError
-from corpus.tokenizer import Tokenizer, load_tokenizer
+from corpus.tokenizer import Tokenizer, read_tokenizer
 from modern import build_model
 from training.distributed import full_tensor, is_sharded
 from utils import load_config, seal, sha256_file, sync_directory, unseal, write_atomically
@@ -296,6 +296,7 @@ def load_run_model(path: Path) -> tuple[nn.Module, Tokenizer]:
     """Return the model of a checkpoint, on the CPU, and its tokenizer."""
     state = read_state(path)
     _verify_file(path / WEIGHTS, state)
-    model = build_model(load_config(path.resolve().parent.parent).model)
+    run = path.resolve().parent.parent
+    model = build_model(load_config(run).model)
     load_model(path, model)
-    return model, load_tokenizer(**(state.get("tokenizer") or {"name": "gpt2"}))
+    return model, read_tokenizer(directory=run, **(state.get("tokenizer") or {"name": "gpt2"}))

@@ -25,6 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config, UserError, to_json
+from corpus.shards import find_data
+from corpus.tokenizer import TOKENIZER_FILE
 from training.trackers import Tracker, open_tracker
 from utils import printable, sync_directory, write_atomically
 
@@ -36,14 +38,18 @@ PACKAGES = ("torch", "numpy", "tiktoken", "safetensors")
 
 
 def create_run(run: Path, config: Config) -> None:
-    """Make a new run directory with its config.json; raises UserError when it cannot be written.
+    """Make a new run directory with its config.json, and the data's tokenizer.json if it has one.
 
-    It appears by a rename, so that a directory without a config never takes the name.
+    It appears by a rename, so that a directory without a config never takes the name. Raises
+    UserError when it cannot be written.
     """
     temporary = run.with_name(f".{run.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
         write_atomically(temporary / "config.json", to_json(config).encode())
+        with contextlib.suppress(UserError):  # data that is not here is told by who opens it
+            if (tokenizer := find_data(config.data) / TOKENIZER_FILE).is_file():
+                write_atomically(temporary / TOKENIZER_FILE, tokenizer.read_bytes())
         os.replace(temporary, run)
         sync_directory(run.parent)
     except OSError as error:

@@ -10,14 +10,15 @@ from typing import Any
 
 import recipes
 from config import Config, ModelConfig, UserError, divisors, replace
-from corpus.shards import DATA_DIR, TokenShards, Verification, find_data, read_manifest
+from corpus.shards import TokenShards, find_data, read_manifest
 from corpus.tokenizer import Tokenizer
-from utils import printable
+from training.verification import Verification
+from utils import DATA_DIR, printable
 
 PYDOCS = "pydocs"
 # Of a model, what its weights do not depend on, and what a recipe leaves to the size.
 FREE = ("dropout", "attention_dropout", "document_mask", "zero_init_proj")
-SIZED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SIZED = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "eot")
 SECONDS_TO_SEE = 60  # what rank 0 has written, from another node
 
 
@@ -26,7 +27,8 @@ def prepare_data(data: str, verifies: bool = False) -> None:
     if data == PYDOCS:  # it needs no download, so it is made when first asked for
         import load_fineweb
 
-        load_fineweb.prepare(PYDOCS, DATA_DIR / data, quiet=True)
+        asked = load_fineweb.Arguments((PYDOCS,), DATA_DIR / data)
+        load_fineweb.prepare(asked, quiet=True)
     for split in ("train", "val"):
         TokenShards(find_data(data), split)
     if verifies:
@@ -50,8 +52,9 @@ def complete_config(config: Config) -> Config:
             f"{config.data} has a vocabulary of {ids} ids, but {config.init_from} one of "
             f"{config.model.vocab_size}; prepare the data with its tokenizer."
         )
-    changes = {"model.vocab_size": ids, "train.steps": config.total_steps(sequences)}
-    return replace(config, changes)
+    eot = -1 if manifest.eot == ids - 1 else manifest.eot
+    changes = {"model.vocab_size": ids, "model.eot": eot}
+    return replace(config, {**changes, "train.steps": config.total_steps(sequences)})
 
 
 def with_micro_batch(config: Config, world_size: int, device_type: str = "cpu") -> Config:
@@ -97,8 +100,8 @@ def summary(config: Config, run: Path, info: Any, dtype: str) -> str:
 
 def describe_model(model: ModelConfig) -> str:
     """Return a model's size and shape, and what it has that GPT-2 has not."""
-    default, shape = ModelConfig(), {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
-    parts = {name: value for name, value in vars(model).items() if name not in shape}
+    default = ModelConfig()
+    parts = {name: value for name, value in vars(model).items() if name not in SIZED}
     own = [f"{name} {v}" for name, v in parts.items() if v != getattr(default, name)]
     return (
         f"{model.num_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, width "
@@ -212,7 +215,7 @@ def check_shape(config: Config, source: ModelConfig) -> None:
 def check_tokenizer(config: Config, theirs: Tokenizer) -> None:
     """Raise UserError unless the data's ids mean what they mean to the model begun with."""
     ours = read_manifest(find_data(config.data))
-    if (ours.tokenizer, ours.alphabet) != (theirs.name, getattr(theirs, "alphabet", None)):
+    if ours.tokenizer_sha256 != theirs.sha256:
         raise UserError(
             f"{config.data} has the ids of another tokenizer ({ours.tokenizer}) than "
             f"{config.init_from} ({theirs.name}); prepare the data with that tokenizer."

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from config import OptimConfig
-from corpus.shards import MANIFEST, TokenShards, Verification, read_manifest, write_manifest
+from corpus.shards import MANIFEST, TokenShards, read_manifest, write_manifest
 from model import GPT
 from tests.faults import common
 from tests.faults.common import DATA, RESUME, RUN, Outcome, Trial, check_refused, refusal
@@ -24,6 +24,7 @@ from tests.runs import TENSORS
 from training import checkpoint
 from training.logger import Logger
 from training.optim import build_optimizers
+from training.verification import Verification
 from utils import load_config, seal, unseal
 
 NEWEST, OLDER = RUN / "checkpoints/step_000012", RUN / "checkpoints/step_000008"
