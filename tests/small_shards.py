@@ -11,12 +11,8 @@ from corpus.tokenizer import TOKENIZER_FILE, CharTokenizer
 
 TOKENIZER = CharTokenizer("abcdéfg€ij")
 EOT = TOKENIZER.eot
+EMPTY = Manifest("tiny", "char", 11, EOT, {"kind": "test"}, TOKENIZER.sha256)
 FIRST, SECOND = "tiny_train_000001.npy", "tiny_train_000002.npy"
-
-
-def new_manifest() -> Manifest:
-    facts = {"kind": "test"}
-    return Manifest("tiny", "char", TOKENIZER.vocab_size, EOT, facts, TOKENIZER.sha256)
 
 
 def document(length: int, seed: int = 0) -> np.ndarray:
@@ -29,7 +25,7 @@ def write(directory: Path, *documents: np.ndarray, size: int = 10) -> Manifest:
     """Write documents as shards of `size` tokens, the first of which validates."""
     directory.mkdir(exist_ok=True)
     (directory / TOKENIZER_FILE).write_text(TOKENIZER.json)
-    writer = ShardWriter(directory, new_manifest(), TOKENIZER, size)
+    writer = ShardWriter(directory, EMPTY, TOKENIZER, size)
     for row, tokens in enumerate(documents):
         writer.add(tokens, 0, None, (0, row))
     writer.flush(None, (1, 0, 0))

@@ -9,17 +9,8 @@ import pytest
 
 from corpus.sources import HUB, find_source
 from load_fineweb import main
-from tests.corpora import (
-    TEXTS,
-    contents,
-    everything,
-    prepared,
-    refuses,
-    run,
-    stopped_after,
-    tokens_of,
-    write,
-)
+from tests import corpora
+from tests.corpora import TEXTS, contents, everything, prepared, refuses, run, write
 
 COMMIT, NEWER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 LIMITS = {"shard_tokens": 1000, "max_tokens": 4500}
@@ -60,7 +51,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
 
 def test_files_are_asked_for_by_their_commit_and_that_is_recorded(tmp_path, hub):
     manifest = prepared("fineweb", tmp_path / "out", **LIMITS)
-    assert np.array_equal(everything(tmp_path / "out"), tokens_of(TEXTS)[:4500])
+    assert np.array_equal(everything(tmp_path / "out"), corpora.tokens_of(TEXTS)[:4500])
     assert hub.asked == [("HuggingFaceFW/fineweb", "sample-10BT", None)]
     names = [f"sample/{i:03d}.parquet" for i in (0, 1)]
     assert set(hub.fetched) == {("HuggingFaceFW/fineweb", "dataset", COMMIT, n) for n in names}
@@ -86,7 +77,7 @@ def test_names_are_those_of_repositories(hub):
 
 def test_an_interrupted_preparation_keeps_its_commit(tmp_path, hub):
     prepared("openwebtext", tmp_path / "whole", **LIMITS)
-    with stopped_after(2):
+    with corpora.stopped_after(2):
         prepared("openwebtext", tmp_path / "out", **LIMITS)
     hub.newest = NEWER
     prepared("openwebtext", tmp_path / "out", **LIMITS)
@@ -105,13 +96,6 @@ def test_a_finished_directory_needs_no_hub(tmp_path, hub, monkeypatch):
     assert prepared("climbmix", tmp_path / "out", **LIMITS) == manifest
 
 
-def test_another_subset_is_another_source(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr("load_fineweb.DATA_DIR", tmp_path / "data")
-    prepared("fineweb", None, subset="CC-MAIN-2024-10")
-    assert hub.asked == [("HuggingFaceFW/fineweb", "CC-MAIN-2024-10", None)]
-    assert list((tmp_path / "data").iterdir()) == [tmp_path / "data" / "fineweb-CC-MAIN-2024-10"]
-
-
 def test_a_network_that_fails_is_one_sentence_and_the_same_command_continues(
     tmp_path, hub, small_batches
 ):
@@ -127,18 +111,19 @@ def test_a_network_that_fails_is_one_sentence_and_the_same_command_continues(
     assert contents(tmp_path / "out") == whole
 
 
-def test_the_published_count_is_compared(tmp_path, hub, capsys, monkeypatch):
-    def warns(count: int, out: str, *options: str) -> bool:
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--max-tokens", "1000"), ("--subset", "other"), ("--tokenizer", "char")],
+)
+def test_the_published_count_is_compared(tmp_path, hub, capsys, monkeypatch, options):
+    for count in (1234, len(corpora.tokens_of(TEXTS))):
         monkeypatch.setitem(HUB, "fineweb-edu", ("HuggingFaceFW/fineweb-edu", "s", count))
-        monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / out), *options])
+        monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / str(count)), *options])
         main()
-        return f"warning: {count:,} tokens" in capsys.readouterr().out
-
-    assert warns(1234, "a")
-    assert not warns(len(tokens_of(TEXTS)), "b")
-    assert not warns(1234, "c", "--max-tokens", "1000")
-    assert not warns(1234, "d", "--subset", "other")
-    assert not warns(1234, "e", "--tokenizer", "char")
+        warns = f"warning: {count:,} tokens" in capsys.readouterr().out
+        assert warns == (count == 1234 and options == ())
+    subset = "other" if "other" in options else "s"
+    assert {asked[1] for asked in hub.asked} == {subset}
 
 
 def test_without_a_network_one_sentence_says_what_to_do(tmp_path):

@@ -8,14 +8,13 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
 from corpus.shards import MANIFEST, ShardWriter, TokenShards, manifest_sha256, write_manifest
-from tests import small_shards
 from tests.corpora import contents
-from tests.small_shards import EOT, FIRST, SECOND, TOKENIZER, document, refuses, write
+from tests.small_shards import EMPTY, EOT, FIRST, SECOND, TOKENIZER, document, refuses, write
 
 
 def test_files_are_plain_npy_and_documents_run_over_their_boundaries(tmp_path):
@@ -44,27 +43,9 @@ def test_the_bytes_of_text_are_those_of_each_file(tmp_path, monkeypatch, size):
         assert shard.bytes == lengths[np.load(tmp_path / shard.file)].sum()
 
 
-@settings(max_examples=30)
-@given(lengths=st.lists(st.integers(0, 25), min_size=1, max_size=5), data=st.data())
-def test_a_writer_continues_after_any_of_its_shards(tmp_path_factory, lengths, data):
-    documents = [document(n, n) for n in lengths]
-    whole, part = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("part")
-    shards = write(whole, *documents).shards
-    kept = shards[: data.draw(st.integers(0, len(shards)))]
-    manifest = dataclasses.replace(small_shards.new_manifest(), shards=kept)
-    writer = ShardWriter(part, manifest, TOKENIZER, 10)
-    file, row, start = kept[-1].reached if kept else (0, 0, 0)
-    for number, tokens in enumerate(documents[row:] if file == 0 else (), row):
-        writer.add(tokens, start * (number == row), None, (0, number))
-    writer.flush(None, (1, 0, 0))
-    writer.record(complete=True)
-    names = [MANIFEST, *(shard.file for shard in shards[len(kept) :])]
-    assert contents(part) == {name: contents(whole)[name] for name in names}
-
-
 def test_what_there_is_no_room_for(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"lower --shard-tokens"):
-        ShardWriter(tmp_path, small_shards.new_manifest(), TOKENIZER, 10**17)
+        ShardWriter(tmp_path, EMPTY, TOKENIZER, 10**17)
     write(tmp_path, document(34))
     before = contents(tmp_path)
 
@@ -73,7 +54,7 @@ def test_what_there_is_no_room_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        write_manifest(tmp_path, small_shards.new_manifest())
+        write_manifest(tmp_path, EMPTY)
     assert contents(tmp_path) == before
 
 
