@@ -28,9 +28,9 @@ PROBE = "A  naïve\n\n\t«東京» said: 😀 it's 3.14!\r\n    x = [1]  "
 
 # How GPT-2 cuts text before merging bytes: contractions, words, numbers and punctuation, each with
 # the space before it, and runs of whitespace without the last one before a word (Radford et al.
-# 2019). The look-ahead takes a backtracking matcher, which is 1.4 times slower on prose and gives
-# up on a run of a million spaces. FAST_PATTERN has none, and cuts alike where no run has three
-# characters and no text ends in two.
+# 2019). The look-ahead takes a backtracking matcher, which is up to 1.4 times slower on prose and
+# gives up on a run of a million spaces. FAST_PATTERN has none, and cuts alike where no run has
+# three characters and no text ends in two.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
 SPLIT_PATTERN = rf"{WORDS}|\s+(?!\S)|\s+"
 FAST_PATTERN = rf"^\s+$|{WORDS}|\s"

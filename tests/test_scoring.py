@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from config import ModelConfig, UserError
 from likelihood import Request, Scores
 from model import GPT
+from modern import ModernGPT, build_model
 from packing import plan
 from scoring import Scorer, sight
 from tests.tiny import ROOT
@@ -23,10 +24,10 @@ VOCAB, CONTEXT = 300, 64
 ALONE = DistInfo(0, 0, 1, torch.device("cpu"))
 
 
-def small_model(**changes) -> GPT:
+def small_model(**changes) -> GPT | ModernGPT:
     torch.manual_seed(0)
     config = ModelConfig(2, 2, 32, CONTEXT, VOCAB)
-    model = GPT(dataclasses.replace(config, **changes))
+    model = build_model(dataclasses.replace(config, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             # Larger weights, so that answers differ by more than rounding.
@@ -102,6 +103,18 @@ def score(model: GPT, requests: list[Request], batch_tokens: int = 512, **option
 def test_equals_a_plain_loop_over_single_endings():
     model, requests = small_model(), mixed_requests()
     assert_same(score(model, requests), [plain(model, request) for request in requests])
+
+
+def test_scores_of_a_soft_capped_model_are_those_of_its_capped_logits():
+    parts = {"architecture": "modern", "bias": False}
+    model, requests = small_model(**parts, logit_softcap=5.0), mixed_requests()
+    with torch.no_grad():
+        assert model(torch.arange(30)[None])[0].abs().max() <= 5.0
+    capped = score(model, requests)
+    assert_same(capped, [plain(model, request) for request in requests])
+    uncapped = score(small_model(**parts), requests)
+    pairs = zip(capped, uncapped, strict=True)
+    assert np.median([abs(a.logprobs - b.logprobs).max() for a, b in pairs]) > 0.1
 
 
 def test_greedy_answers_are_found():
