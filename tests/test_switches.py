@@ -265,6 +265,20 @@ def test_a_masked_document_knows_nothing_of_those_before_it(pos_emb, architectur
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gpt2", "modern"])
+def test_documents_begin_with_the_id_that_the_config_names(architecture):
+    parts = {"architecture": architecture, "bias": architecture == "gpt2", "document_mask": True}
+    last, other = shaken(config_of(**parts)), shaken(config_of(**parts, eot=5))
+    idx = random_ids(2, CONTEXT) % 50 + 6
+    for eot, own, foreign in ((EOT, last, other), (5, other, last)):
+        idx[:, 9] = eot
+        after = changed(idx, slice(9))
+        for model, knows in ((own, False), (foreign, True)):
+            difference = largest_difference(model(idx)[0][:, 9:], model(after)[0][:, 9:])
+            assert (difference > 1e-3) == knows
+
+
+@torch.no_grad()
 def test_a_document_mask_without_documents_changes_nothing():
     masked, plain = shaken(config_of(document_mask=True)), shaken(config_of())
     for eots in ((), (0,)):
