@@ -61,6 +61,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.source:
+            raise UserError("--source needs a name, a file or a directory.")
         if (self.min_document_tokens or 0) > (self.max_document_tokens or 2**48):
             raise UserError("--min-document-tokens is above --max-document-tokens.")
         if (self.tokenizer == "bpe") != (self.vocab_size is not None):
@@ -131,20 +133,20 @@ def _prepare(asked: Arguments, say: Any, quiet: bool) -> tuple[Path, Manifest]:
         check_same(out, found := read_previous(out), facts)  # another process may have been here
         if not (found and found.complete):
             split = split_of(source, asked.shard_tokens, asked.max_tokens, asked.val_tokens)
-            if found is None:
+            if found is None or not found.shards:
                 made = make_tokenizer(asked, source, split)
                 found = Manifest(name, made.name, made.vocab_size, made.eot, facts, made.sha256)
+                shards.write_manifest(out, found)
                 if made.json:
                     write_atomically(out / TOKENIZER_FILE, made.json.encode())
-                shards.write_manifest(out, found)
             made = tokenizers.read_tokenizer(found.tokenizer, out, found.tokenizer_sha256)
             lengths = asked.min_document_tokens or 0, asked.max_document_tokens or 2**48
             writer = shards.ShardWriter(out, found, made, asked.shard_tokens)
             found = Preparation(source, split, made, *lengths).write(
                 writer, bar, asked.workers, asked.max_tokens or 2**48
             )
-    published = source.name == "fineweb-edu" and codec == "gpt2" and asked.max_tokens is None
-    if published and known != found.tokens():
+    whole = Arguments(out=asked.out, shard_tokens=asked.shard_tokens, workers=asked.workers)
+    if asked == whole and known != found.tokens():
         say(f"warning: {known:,} tokens are published for it.")
     return out, found
 
@@ -161,7 +163,7 @@ def read_previous(out: Path) -> Manifest | None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out names a directory.")
     for path in sorted(out.glob("[!.]*")):  # texts from the web may lie there
-        if path.suffix != ".txt" and path.name != TOKENIZER_FILE:
+        if path.suffix != ".txt":
             raise UserError(f"{out} holds other files ({path.name}); name an empty --out.")
     return None
 

@@ -1,6 +1,7 @@
 """Documents to shards: which of them validate, their tokens in order, one shard at a time."""
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,10 +63,11 @@ def split_of(
     if limit >= total > 0:
         raise UserError(f"--val-tokens leave nothing to train on: the text has {total:,} bytes.")
     held, room = set(), limit
-    for _, size, place in sorted(documents):
-        if size <= room:
-            held.add(place)
-            room -= size
+    for _, alike in itertools.groupby(sorted(documents), key=lambda document: document[0]):
+        _, sizes, places = zip(*alike, strict=True)  # the same text is on one side
+        if sum(sizes) <= room:
+            held.update(places)
+            room -= sum(sizes)
     if held or not documents:
         return Split(held)
     return Split(held, last[0], len(last[1][:-limit].decode("utf-8", "ignore")))
@@ -132,8 +134,9 @@ class Preparation:
                     break
             writer.flush(which, (len(self.source.files), 0, 0))
         if not writer.manifest.tokens("train") or not writer.manifest.tokens("val"):
-            counts = (
-                ", ".join(f"{n:,} {why}" for why, n in writer.skipped.items()) or "none is there"
-            )
-            raise UserError(f"The source lacks text to train on and to validate with ({counts}).")
+            for shard in writer.manifest.shards:
+                (writer.directory / shard.file).unlink()
+            counts = ", ".join(f"{n:,} {why}" for why, n in writer.skipped.items())
+            few = "The source lacks text to train on and to validate with; take more tokens of it"
+            raise UserError(f"{few}, or smaller shards ({counts or 'nothing'} skipped).")
         return writer.record(complete=True)

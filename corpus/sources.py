@@ -89,7 +89,7 @@ class Source:
             for number, text in enumerate(self.read(file, row), row):
                 if text is not None:  # a blank line is no document, not even an empty one
                     batch.append(((file, number), text or Skipped.EMPTY))
-                    size += len(text)
+                    size += len(text) + 1  # an empty one takes room, too
                 if size >= BATCH_BYTES:
                     yield batch
                     batch, size = [], 0
@@ -158,11 +158,13 @@ def _matching(word: str) -> list[Path]:
         inside = [os.path.join(place, name) for place, _, names in tree for name in names]
         found = [Path(name) for name in sorted(inside) if name.endswith(SUFFIXES)]
         found = [file for file in found if "/." not in f"/{file.relative_to(path)}"]  # hidden
-    if not found and re.fullmatch(r"[\w-]+", word) and not path.exists():
-        check_name(word, NAMED, "source and no file")
+    if not found and not path.exists():
+        if re.fullmatch(r"[\w-]+", word):
+            check_name(word, NAMED, "source and no file")
+        raise UserError(f"There is no file {word}.")
     for file in found or [path]:
-        if not found or not file.name.endswith(SUFFIXES) or file.is_dir():
-            raise UserError(f"{file} cannot be read: it is no {', '.join(SUFFIXES)} file.")
+        if not found or not file.name.endswith(SUFFIXES) or file.is_dir() or file.is_fifo():
+            raise UserError(f"{file} cannot be read; these can: {', '.join(SUFFIXES)} files.")
     return found
 
 

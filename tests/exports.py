@@ -40,6 +40,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "relu2": ("gpt2_reproduction", {"activation": "relu2", "norm": "rmsnorm"}),
     "document mask": ("gpt2_reproduction", {"document_mask": True}),
+    "document mask at 59": ("gpt2_reproduction", {"document_mask": True, "eot": 59}),
     "modern": ("gpt2_reproduction", MODERN),
     "modern untied": (
         "gpt2_reproduction",

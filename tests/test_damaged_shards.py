@@ -101,11 +101,11 @@ def test_a_flipped_byte_is_found(directory, place):
     assert FIRST in verification_refuses(directory)
 
 
-def test_a_pickle_is_never_loaded(directory, tmp_path):
+@pytest.mark.parametrize("header", [b"", npy_header(10).replace(b"'<u2'", b"'|O' ")])
+def test_a_pickle_is_never_loaded(directory, tmp_path, header):
     """One that makes a directory when it is loaded."""
     trap = tmp_path / "trap"
-    code = b"cos\nmkdir\n(V" + str(trap).encode() + b"\ntR."
-    (directory / FIRST).write_bytes(npy_header(10).replace(b"'<u2'", b"'|O' ") + code)
+    (directory / FIRST).write_bytes(header + b"cos\nmkdir\n(V" + str(trap).encode() + b"\ntR.")
     assert FIRST in refuses(directory) and FIRST in verification_refuses(directory)
     (directory / MANIFEST).unlink()
     assert FIRST in refuses(directory)

@@ -67,7 +67,7 @@ def test_a_finished_directory_is_left_alone_and_another_text_refused(work):
     Path("data/shakespeare/tiny.txt").write_text(TEXT + "More.")
     with pytest.raises(UserError, match="was prepared with digest"):
         prepare()
-    with pytest.raises(UserError, match="cannot be read: it is no"):
+    with pytest.raises(UserError, match="There is no file"):
         prepare("--text", "nowhere.txt")
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -89,7 +89,7 @@ def test_it_runs_as_a_script_from_anywhere(work):
     assert result.returncode == 0 and "data/shakespeare-gpt2 is complete" in result.stdout
     result = script("shakespeare/shakespeare.py", "--text", "none.txt", cwd=work)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: none.txt cannot be read")
+    assert result.stderr.startswith("error: There is no file none.txt")
     result = script("shakespeare/shakespeare.py", "--tokenizer", "words", cwd=work)
     assert result.returncode == 2 and "Traceback" not in result.stderr
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -105,27 +105,19 @@ def test_a_shard_that_shrinks_or_goes_before_it_is_first_read(tmp_path):
 def test_many_files_threads_and_a_fork_share_the_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("corpus.shards.OPEN_SHARDS", 3)
     write(tmp_path, document(299), document(299, 1))
-    before, wrong = len(os.listdir("/proc/self/fd")), []
-    shards = TokenShards(tmp_path, "train")
+    before, shards = len(os.listdir("/proc/self/fd")), TokenShards(tmp_path, "train")
     expected = shards.read([0], len(shards))[0]
 
-    def read(seed: int) -> None:
+    def right(seed: int) -> bool:
         starts = np.random.default_rng(seed).integers(0, len(shards) - 15, 200)
-        found = shards.read(starts, 15)
-        if not np.array_equal(found, np.stack([expected[s : s + 15] for s in starts])):
-            wrong.append(seed)
+        return np.array_equal(shards.read(starts, 15), [expected[s : s + 15] for s in starts])
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, range(4)))
     assert len(os.listdir("/proc/self/fd")) <= before + 3
     child = os.fork()
     if child == 0:
-        read(9)
-        os._exit(len(wrong))
+        os._exit(not right(9))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import load_fineweb
 from config import UserError, replace
 from fineweb import FineWebEdu, sequence_indices
 from model import GPT
@@ -24,7 +25,7 @@ from tests.runs import (
     steps,
     tensors,
 )
-from tests.tiny import command, make_data, script, tiny_config
+from tests.tiny import WORDS, command, make_data, script, tiny_config
 from training import checkpoint, distributed
 from training.logger import read_sequence_losses
 from training.optim import lr_at
@@ -229,6 +230,28 @@ def test_begun_with_the_weights_of_another_model_it_is_a_run_of_its_own(data, tm
     assert go_on(replace(config, {"train.stop_at_step": 4})) == (4, True)
     assert go_on(config) == (12, True)
     assert_same_end(tmp_path / "tiny", straight, 12)
+
+
+def test_a_run_on_a_trained_vocabulary_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(" ".join(np.random.default_rng(0).choice(WORDS, 20_000)))
+    asked = load_fineweb.Arguments(("text.txt",), Path("mine"), "bpe", vocab_size=290)
+    load_fineweb.prepare(asked, quiet=True)
+    config = tiny_config(Path("mine"), Path("runs"), vocab_size=290, steps=8)
+    straight = run_training(replace(config, {"name": "straight"}))
+    assert go_on(replace(config, {"train.stop_at_step": 4})) == (4, True)
+    assert go_on(config) == (8, True)
+    assert_same_end(Path("runs/tiny"), straight, 8)
+    kept = Path("runs/tiny/tokenizer.json")
+    assert kept.read_bytes() == Path("mine/tokenizer.json").read_bytes()
+    shutil.rmtree("mine")
+    words = ["sample.py", "tiny", "--prompt", "the cat", "--max-tokens", 9]
+    result = script(*words, cwd=tmp_path)
+    assert result.returncode == 0 and "the cat" in result.stdout, result.stderr
+    kept.write_text(kept.read_text() + " ")
+    result = script(*words, cwd=tmp_path)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert f"error: {kept} is no tokenizer that can be used" in result.stderr
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu])
