@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # what other tokenizers call it
 MOST_IDS = 65_536  # shards are uint16
 RESERVED = 16  # the last ids of a trained vocabulary, <|endoftext|> the last of all
-PROBE = "A  naïve\n\n\t«東京» said: 😀 it's 3.14!\r\n    x = [1]  "
+PROBE = "A  naïve\n\n\t«東京» said: 😀 it's 3.14! ﬁ½\r\n    x = [1]  "
 
 # How GPT-2 cuts text before merging bytes: contractions, words, numbers and punctuation, each with
 # the space before it, and runs of whitespace without the last one before a word (Radford et al.
@@ -268,7 +268,8 @@ def find_tokenizer(model: str) -> Tokenizer:
     for place in (Path(model), Path("data", model), Path("runs", model)):
         run = place.parent.parent if (place / "state.json").is_file() else place
         if (run / TOKENIZER_FILE).is_file():
-            return read_tokenizer(run.resolve().name, run)
+            name = run.resolve().name
+            return read_tokenizer("gpt2's" if name == "gpt2" else name, run)
         if (run / "manifest.json").is_file() or (run / "metrics.jsonl").is_file():
             return gpt2_tokenizer()
     from tokenizers import Tokenizer as Library

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from config import UserError
 from corpus.tokenizer import END_OF_TEXT, CharTokenizer, JSONTokenizer, gpt2_tokenizer, train_bpe
+from hf_import import open_model
 from hf_tokenizer import check_vocabulary, merge_rules, tokenizer_files, vocabulary
 from tests.exports import exported, small
 from tests.small_models import config_of, shaken
@@ -117,6 +118,11 @@ def test_characters_and_trained_pairs_are_tokens(shape, ours, tmp_path):
     if ours is OURS[0]:
         with pytest.raises(Exception, match="Missing"):
             opened("z")
+    # Here it is read back, and only as it was written.
+    assert open_model(str(directory))[1].sha256 == ours.sha256
+    (directory / "tokenizer.json").write_text(ours.json + " ")
+    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer .*sha256 is another"):
+        open_model(str(directory))
 
 
 def test_another_vocabulary_is_refused_naming_file_and_token(tmp_path):

@@ -43,13 +43,14 @@ def create_run(run: Path, config: Config) -> None:
     It appears by a rename, so that a directory without a config never takes the name. Raises
     UserError when it cannot be written.
     """
-    temporary = run.with_name(f".{run.name}.{secrets.token_hex(4)}.tmp")
+    temporary, tokenizer = run.with_name(f".{run.name}.{secrets.token_hex(4)}.tmp"), None
+    with contextlib.suppress(UserError):  # data that is not here is told by who opens it
+        tokenizer = find_data(config.data) / TOKENIZER_FILE
     try:
         temporary.mkdir(parents=True)
         write_atomically(temporary / "config.json", to_json(config).encode())
-        with contextlib.suppress(UserError):  # data that is not here is told by who opens it
-            if (tokenizer := find_data(config.data) / TOKENIZER_FILE).is_file():
-                write_atomically(temporary / TOKENIZER_FILE, tokenizer.read_bytes())
+        if tokenizer and tokenizer.is_file():
+            write_atomically(temporary / TOKENIZER_FILE, tokenizer.read_bytes())
         os.replace(temporary, run)
         sync_directory(run.parent)
     except OSError as error:

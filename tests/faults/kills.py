@@ -99,7 +99,6 @@ def preparation(seed: int, kills: int, directory: Path) -> Outcome:
             number = rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
             if not kill_at_random(start(*words, cwd=folder), rng, seconds, aimed, number):
                 break
-            wait_for(lambda: not common.processes_in(folder))  # workers notice it
             seen.update({"kills": 1, "in the middle of a file": int(is_writing())})
         succeed(folder, *words)
         common.check_same_files(common.contents(shards), wanted)
