@@ -14,6 +14,8 @@ pytest.importorskip("accelerate")
 from tests.against_lm_eval import compare, hellaswag_pairs, lambada_pair, silent, wikitext_pair
 from tests.lm_eval_model import harness_class
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def harness():

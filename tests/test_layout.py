@@ -134,6 +134,7 @@ def test_readme_names_every_file_and_nothing_else():
     assert {name for name in named if name.endswith(".py")} == root | packages
 
 
+@pytest.mark.slow
 def test_readme_commands_name_real_scripts_and_options():
     text = (ROOT / "README.md").read_text() + (ROOT / "recipes.py").read_text()
     commands = re.findall(r"(?:python|torchrun)(?: --\S+)* (\w+\.py)([^`\n#]*)", text)

@@ -40,6 +40,8 @@ from tests.against_lm_eval import (
 from tests.lm_eval_cases import ALONE, CASES, CONTEXT, asked_by_harness, instances, small_model
 from tests.lm_eval_model import harness_model, hf_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> GPT:

@@ -19,6 +19,8 @@ from makemore.rungs import RUNGS
 from makemore.train import train
 from tests.test_makemore import small, some_text, some_words, write_words
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def words(tmp_path):

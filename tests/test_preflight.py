@@ -10,6 +10,8 @@ from tests.tiny import script
 from training import preflight
 from training.preflight import check
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_process_is_checked_too(capsys):
     check(ALONE)

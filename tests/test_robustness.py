@@ -22,6 +22,8 @@ from corpus.tokenizer import gpt2_tokenizer
 from tests.runs import metrics, steps
 from tests.tiny import ROOT, make_data, start, wait_for
 
+pytestmark = pytest.mark.slow  # programs started many times, by each of its tests
+
 STEPS = 8
 TINY = f"""--model.n-layer 2 --model.n-head 2 --model.n-embd 32 --model.block-size 32 --name run
     --train.steps {STEPS} --train.batch-tokens 256 --train.micro-batch-size 4 --train.dtype float32
