@@ -193,6 +193,7 @@ def test_a_report_is_made_of_whatever_is_there(tmp_path):
     assert "at least 1.3; not measured" in text
 
 
+@pytest.mark.slow
 def test_importing_the_sections_does_not_touch_a_gpu():
     """A process that has asked CUDA for anything cannot hand it on to those it forks."""
     code = (

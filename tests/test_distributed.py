@@ -232,7 +232,7 @@ def test_another_node_says_why_it_ends(tmp_path):
     assert first.errors == "error: process 1 ended the run: bad luck\n"
 
 
-@pytest.mark.parametrize("loss", ["killed", "stopped"])
+@pytest.mark.parametrize("loss", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_rank_that_is_lost_is_missed_by_the_others(tmp_path, loss):
     def run() -> None:
         with init_distributed(60) as info:

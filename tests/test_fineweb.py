@@ -230,6 +230,7 @@ def test_batches_are_those_of_earlier_versions(golden):
 SHARD, TOTAL, LENGTH = 100_000_000, 9_982_590_278, 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", ["none", "sequences"])
 def test_first_and_last_step_at_full_size(tmp_path, shuffle):
     """FineWeb-Edu's hundred shards in their size, but sparse: they take no room on the disk."""

@@ -107,6 +107,7 @@ def test_every_character_of_a_text_is_measured_once(block_size, characters):
     assert sorted(measured) == list(range(2, characters + 1))
 
 
+@pytest.mark.slow
 def test_the_embedded_words_need_no_file():
     data = load("words", 1)
     assert data.kind == "words" and data.alphabet == "abcdefghijklmnopqrstuvwxyz"
