@@ -21,10 +21,6 @@ class DownloadBar(tqdm):
     def __init__(self, desc: str, total: int | None, disable: bool = False):
         super().__init__(None, desc, total, False, disable=disable, unit="B", unit_scale=1, delay=1)
 
-    def place(self, done: int, total: int | None) -> None:
-        """Count on from `done` bytes of `total`, as when a download starts or starts over."""
-        self.n, self.last_print_n, self.total = done, done, total
-
 
 class EvaluationBar(tqdm):
     """Examples or tokens scored, a second too; disappears when done."""

@@ -1,8 +1,8 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, characters, or any `tokenizer.json`.
 
-gpt2_tokenizer()                OpenAI's ranks, which lie in assets/ (modified MIT licence)
-train_bpe(texts, vocab_size)    a byte-level BPE of one's own, by the tokenizers library
-find_tokenizer("DIRECTORY")     that of a data directory, a run, or a model of the hub
+    gpt2_tokenizer()                OpenAI's ranks, which lie in assets/ (modified MIT licence)
+    train_bpe(texts, vocab_size)    a byte-level BPE, trained by the tokenizers library
+    find_tokenizer("DIRECTORY")     that of a data directory, a run, or a model of the hub
 """
 
 import base64
@@ -115,7 +115,7 @@ class GPT2Tokenizer(Tokenizer):
         encoding = self._exact if runs else self._fast
         try:
             return encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-        except ValueError:  # a run that is too long for the matcher: it becomes a text of its own
+        except ValueError:  # a run of whitespace too long for the matcher: encoded apart
             parts = [self._fast.encode_to_numpy(p) for p in LONG_RUN.split(text) if p]
             return np.concatenate(parts).astype(np.uint16)
 

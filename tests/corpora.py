@@ -91,7 +91,7 @@ def refuses(source, out, **options) -> str:
 
 @contextlib.contextmanager
 def stopped_after(count: int) -> Iterator[None]:
-    """Interrupt whatever writes so many shards; passes the interruption over."""
+    """Interrupt a preparation after so many shards, and go on after the block."""
     flush, left = ShardWriter.flush, [count]
 
     def flush_and_stop(writer, *arguments):

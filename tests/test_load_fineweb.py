@@ -1,4 +1,4 @@
-"""Documents to shards: which validate, whatever tokenizes them, interrupted or not, on any disk."""
+"""load_fineweb.py: the split, tokenizers, skipped documents, interruptions, full disks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""GPT-2's ids exactly, whatever the text; characters as ids; trained and foreign vocabularies."""
+"""GPT-2's ids against plain tiktoken; characters; trained and other vocabularies."""
 
 import copy
 import functools
