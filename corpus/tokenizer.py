@@ -1,8 +1,8 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, characters, or any `tokenizer.json`.
 
-    gpt2_tokenizer()                OpenAI's ranks, which lie in assets/ (modified MIT licence)
-    train_bpe(texts, vocab_size)    a byte-level BPE, trained by the tokenizers library
-    find_tokenizer("DIRECTORY")     that of a data directory, a run, or a model of the hub
+gpt2_tokenizer()                OpenAI's ranks, which lie in assets/ (modified MIT licence)
+train_bpe(texts, vocab_size)    a byte-level BPE, trained by the tokenizers library
+find_tokenizer("DIRECTORY")     that of a data directory, a run, or a model of the hub
 """
 
 import base64
